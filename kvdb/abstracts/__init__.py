@@ -1,0 +1,12 @@
+"""Abstracts by name. To add one: its file, and its line in the table."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvdb.abstracts.base import Abstract
+from kvdb.abstracts.box import Box
+
+ABSTRACTS: Final[dict[str, Abstract]] = {abstract.name: abstract for abstract in (Box(),)}
+
+__all__ = ["ABSTRACTS", "Abstract", "Box"]

@@ -1,0 +1,94 @@
+"""Every error KVDB raises on purpose, grouped by what a handler would do.
+
+    KVDBError
+    ├── InvalidInput (ValueError)        the caller passed something that cannot work: fix the call
+    │   └── Unsupported                  a model or option this version refuses rather than gets wrong
+    ├── StoreError                       the store as a whole cannot be used
+    │   ├── StoreNotFound (FileNotFoundError)
+    │   ├── NotAStore
+    │   ├── NewerFormat                  written by a later version: upgrade, nothing was touched
+    │   ├── ReadOnly                     a write was asked of a store opened with mode "r"
+    │   └── StoreLocked (TimeoutError)   another process holds the lock
+    ├── StorageFull (OSError)            disk or quota is full: nothing was committed, earlier data is intact
+    ├── Damaged                          bytes on disk are not what was written: verify, then recompute
+    ├── SequenceNotFound (KeyError)
+    └── IdentityMismatch                 KV of other weights, dtype or config: never reused
+
+Messages read `<where>: <what is>, <what was expected>; <what to do>` and always show the values. `kind` is a stable,
+append-only string for programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class KVDBError(Exception):
+    """Base class of all errors raised on purpose."""
+
+    kind: ClassVar[str] = "error"
+
+
+class InvalidInput(KVDBError, ValueError):
+    kind = "invalid-input"
+
+
+class Unsupported(InvalidInput):
+    kind = "unsupported"
+
+
+class StoreError(KVDBError):
+    kind = "store"
+
+
+class StoreNotFound(StoreError, FileNotFoundError):
+    kind = "store-not-found"
+    __str__ = Exception.__str__
+
+
+class NotAStore(StoreError):
+    kind = "not-a-store"
+
+
+class NewerFormat(StoreError):
+    kind = "newer-format"
+
+
+class ReadOnly(StoreError):
+    kind = "read-only"
+
+
+class StoreLocked(StoreError, TimeoutError):
+    kind = "locked"
+    __str__ = Exception.__str__
+
+
+class StorageFull(KVDBError, OSError):
+    kind = "storage-full"
+    __str__ = Exception.__str__
+
+
+class Damaged(KVDBError):
+    kind = "damaged"
+
+
+class SequenceNotFound(KVDBError, KeyError):
+    kind = "sequence-not-found"
+    __str__ = Exception.__str__  # KeyError would print the message in quotes
+
+
+class IdentityMismatch(KVDBError):
+    kind = "identity-mismatch"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One finding of `check()`: the same value serves the exception, the command line and the tests."""
+
+    loc: str
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.loc}: {self.message}"

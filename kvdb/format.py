@@ -1,0 +1,260 @@
+"""Bytes on disk, as pure functions: Zarr v3 metadata, shard index, digests, descriptions. No I/O; see FORMAT.md.
+
+A segment is one Zarr array per layer group, `<segment>.kv<group>`, and one per abstract and group,
+`<segment>.<abstract><group>`. The KV array is one shard file, laid out as
+
+    payload   capacity slots per layer, layer after layer; a slot is a chunk: its records, head after head
+    digests   xxh3-64 of every record, u64, same order as the payload
+    tokens    token ids, u32 (group 0 only)
+    index     Zarr's shard index: (offset, length) u64 per inner chunk, then its crc32c
+
+Zarr readers find chunks through the index and ignore what lies between payload and index.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+import google_crc32c
+import msgspec
+import numpy as np
+import xxhash
+
+from kvdb.codecs import Codec
+from kvdb.errors import Damaged
+from kvdb.geometry import Geometry
+from kvdb.identity import Identity
+
+FORMAT_VERSION = 0
+SHARD_KEY = "c.0.0.0.0.0"
+"""The only chunk key of every array here: one shard, or one plain chunk, over the whole array; five dimensions."""
+METADATA_KEY = "zarr.json"
+_ABSENT = 0xFFFF_FFFF_FFFF_FFFF
+_ZARR_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+
+
+class CodecSpec(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    config: dict[str, Any] = {}
+
+
+class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """All there is to know about a segment but its bytes. Stored in the catalog and in every array's attributes.
+
+    start, tokens  it holds positions [start, start + tokens) of every sequence through it; start is on the chunk grid
+    capacity       chunk slots per layer in the file, >= chunks(tokens)
+    parent         segment holding the positions before `start` (None at 0): parents lead back to position 0
+    """
+
+    segment: str
+    identity: str
+    fidelity: str
+    parent: str | None
+    start: int
+    tokens: int
+    capacity: int
+    geometry: Geometry
+    codec: CodecSpec
+    abstracts: tuple[str, ...]
+    created: float
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.tokens
+
+    @property
+    def chunks(self) -> int:
+        return self.geometry.chunks(self.tokens)
+
+    def array_names(self) -> list[str]:
+        """Folder names of all arrays, KV arrays first."""
+        groups = range(len(self.geometry.groups))
+        names = [kv_array(self.segment, group) for group in groups]
+        return names + [abstract_array(self.segment, a, group) for a in self.abstracts for group in groups]
+
+
+def kv_array(segment: str, group: int) -> str:
+    return f"{segment}.kv{group}"
+
+
+def abstract_array(segment: str, abstract: str, group: int) -> str:
+    return f"{segment}.{abstract}{group}"
+
+
+class ShardLayout(NamedTuple):
+    """Byte offsets inside a KV shard file."""
+
+    payload_bytes: int
+    digests_offset: int
+    tokens_offset: int
+    index_offset: int
+    file_bytes: int
+
+
+def shard_layout(geometry: Geometry, group: int, capacity: int, tokens: int, row_bytes: int) -> ShardLayout:
+    """Where everything lies in the shard of `group`. `row_bytes`: stored bytes of one record, from the codec."""
+    layers, heads = len(geometry.groups[group].layers), geometry.groups[group].kv_heads
+    records = layers * capacity * heads
+    payload = records * row_bytes
+    digests = payload + -payload % 8
+    token_ids = digests + 8 * records
+    index = token_ids + (4 * tokens if group == 0 else 0)
+    return ShardLayout(payload, digests, token_ids, index, index + 16 * layers * capacity + 4)
+
+
+def shard_index(geometry: Geometry, group: int, capacity: int, chunks: int, row_bytes: int) -> bytes:
+    """Zarr v3 shard index over (layer, chunk): `chunks` of `capacity` slots are present."""
+    layers = len(geometry.groups[group].layers)
+    slot = geometry.groups[group].kv_heads * row_bytes
+    index = np.full((layers, capacity, 2), _ABSENT, "<u8")
+    places = np.arange(layers)[:, None] * capacity + np.arange(chunks)[None, :]
+    index[:, :chunks, 0] = places * slot
+    index[:, :chunks, 1] = slot
+    body = index.tobytes()
+    return body + struct.pack("<I", google_crc32c.value(body))
+
+
+def place_seed(segment: str) -> int:
+    """Digest seed of record 0 of a segment; record r adds r. Binds a digest to its place."""
+    return xxhash.xxh3_64_intdigest(segment.encode())
+
+
+def record_digests(segment: str, first_record: int, rows: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
+    """xxh3-64 of stored records, each seeded with its place.
+
+    first_record  number of rows[0] in its shard: (layer row * capacity + chunk) * kv_heads + head
+    rows          (n, row_bytes) uint8, contiguous
+    returns       (n,) little-endian u64
+    """
+    seed = place_seed(segment) + first_record
+    out = np.empty(len(rows), "<u8")
+    for i, row in enumerate(rows):
+        out[i] = xxhash.xxh3_64_intdigest(row, seed=(seed + i) & _ABSENT)
+    return out
+
+
+def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: Codec, sections: dict[str, Any]) -> bytes:
+    """zarr.json of a KV array: dims (layer, head, kv, token, dim), one shard, inner chunk = one chunk of one layer."""
+    g, ct = info.geometry.groups[group], info.geometry.chunk_tokens
+    inner = [1, g.kv_heads, 2, ct, g.head_dim]
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": inner,
+            "codecs": [little],
+            "index_codecs": [little, {"name": "crc32c"}],
+            "index_location": "end",
+        },
+    }
+    return _array_metadata(
+        shape=[len(g.layers), g.kv_heads, 2, info.tokens, g.head_dim],
+        chunk_shape=[len(g.layers), g.kv_heads, 2, info.capacity * ct, g.head_dim],
+        dimension_names=["layer", "head", "kv", "token", "dim"],
+        dtype=info.geometry.dtype,
+        codecs=[sharding],
+        attributes={
+            "format": FORMAT_VERSION,
+            "info": msgspec.to_builtins(info),
+            "identity": msgspec.to_builtins(identity),
+            "group": group,
+            "sections": sections,
+        },
+    )
+
+
+def abstract_metadata(info: SegmentInfo, group: int, name: str, parts: int, digests: list[str]) -> bytes:
+    """zarr.json of an abstract: dims (layer, chunk, head, part, dim), a single plain chunk."""
+    g = info.geometry.groups[group]
+    return _array_metadata(
+        shape=[len(g.layers), info.chunks, g.kv_heads, parts, g.head_dim],
+        chunk_shape=[len(g.layers), info.capacity, g.kv_heads, parts, g.head_dim],
+        dimension_names=["layer", "chunk", "head", "part", "dim"],
+        dtype=info.geometry.dtype,
+        codecs=[{"name": "bytes", "configuration": {"endian": "little"}}],
+        attributes={
+            "format": FORMAT_VERSION,
+            "segment": info.segment,
+            "abstract": name,
+            "group": group,
+            "dtype": info.geometry.dtype,
+            "layer_xxh3": digests,
+        },
+    )
+
+
+def _array_metadata(
+    *,
+    shape: list[int],
+    chunk_shape: list[int],
+    dimension_names: list[str],
+    dtype: str,
+    codecs: list[dict[str, Any]],
+    attributes: dict[str, Any],
+) -> bytes:
+    stored = _ZARR_DTYPES[dtype]
+    metadata = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": stored,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": 0 if stored == "uint16" else 0.0,
+        "codecs": codecs,
+        "dimension_names": dimension_names,
+        "attributes": {"kvdb": attributes},
+    }
+    return msgspec.json.format(msgspec.json.encode(metadata), indent=1)
+
+
+def group_metadata() -> bytes:
+    """zarr.json of the hierarchy's root."""
+    return msgspec.json.encode({"zarr_format": 3, "node_type": "group", "attributes": {}})
+
+
+class KVAttributes(msgspec.Struct, frozen=True, kw_only=True):
+    """What a KV array says of itself, parsed back."""
+
+    format: int
+    info: SegmentInfo
+    identity: Identity
+    group: int
+    sections: dict[str, Any]
+
+
+def parse_kv_metadata(data: bytes, where: str) -> KVAttributes:
+    """Inverse of `kv_metadata`'s attributes.
+
+    raises  Damaged when the JSON is not what `kv_metadata` writes
+    """
+    try:
+        return msgspec.convert(msgspec.json.decode(data)["attributes"]["kvdb"], KVAttributes)
+    except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as e:
+        raise Damaged(f"{where}: unreadable metadata ({e}), expected a KVDB array; run 'kvdb verify'") from e
+
+
+def abstract_digests(data: bytes, where: str) -> list[str]:
+    """The per-layer digests in an abstract's zarr.json.
+
+    raises  Damaged when the JSON is not what `abstract_metadata` writes
+    """
+    try:
+        return msgspec.convert(msgspec.json.decode(data)["attributes"]["kvdb"]["layer_xxh3"], list[str])
+    except (msgspec.MsgspecError, KeyError, TypeError) as e:
+        raise Damaged(f"{where}: unreadable metadata ({e}), expected a KVDB abstract; run 'kvdb verify'") from e
+
+
+def as_float32(stored: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Stored values as float32, exactly."""
+    if dtype == "bfloat16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def from_float32(values: np.ndarray[Any, np.dtype[np.float32]], dtype: str) -> np.ndarray[Any, Any]:
+    """Inverse of `as_float32` for values that the dtype represents."""
+    if dtype == "bfloat16":
+        return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype("<u2")
+    return values.astype("<f2" if dtype == "float16" else "<f4", copy=False)

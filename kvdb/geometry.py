@@ -1,0 +1,94 @@
+"""Shapes and sizes of stored KV: chunks, records, layer groups. Pure arithmetic, no I/O.
+
+A *chunk* is `chunk_tokens` consecutive tokens of one layer, K and V of all KV heads. A *record* is one KV head's part of a
+chunk: K (chunk_tokens, head_dim), then V, contiguous. Chunk k of a sequence always holds positions
+[k * chunk_tokens, (k + 1) * chunk_tokens), whichever segment it lies in.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from kvdb.errors import InvalidInput
+
+CHUNK_TOKENS = 16
+SEGMENT_TOKENS = 16_384
+"""A segment never holds more tokens than this."""
+
+STORAGE_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+"""KV dtype -> the dtype its bytes are stored as. NumPy and Zarr have no bfloat16: it travels as uint16."""
+
+
+def div_ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers that share one KV shape and therefore one array. `layers` are model layer indices, in order."""
+
+    layers: tuple[int, ...]
+    kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise InvalidInput(f"layer group: layers are {self.layers}, expected ascending non-negative indices")
+        if self.kv_heads < 1 or self.head_dim < 1:
+            raise InvalidInput(
+                f"layer group: kv_heads={self.kv_heads}, head_dim={self.head_dim}, expected both positive"
+            )
+
+
+class Geometry(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV shape of a whole model: dtype, chunk size and layer groups."""
+
+    dtype: str
+    chunk_tokens: int
+    groups: tuple[LayerGroup, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORAGE_DTYPES:
+            raise InvalidInput(f"geometry: dtype is {self.dtype!r}, expected one of {sorted(STORAGE_DTYPES)}")
+        if not 1 <= self.chunk_tokens <= SEGMENT_TOKENS:
+            raise InvalidInput(f"geometry: chunk_tokens is {self.chunk_tokens}, expected 1..{SEGMENT_TOKENS}")
+        layers = [layer for group in self.groups for layer in group.layers]
+        if not layers or len(layers) != len(set(layers)):
+            raise InvalidInput(f"geometry: layers are {layers}, expected each layer exactly once")
+
+    @property
+    def storage_dtype(self) -> np.dtype[np.generic]:
+        return STORAGE_DTYPES[self.dtype]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(layer for group in self.groups for layer in group.layers))
+
+    def locate(self, layer: int) -> tuple[int, int]:
+        """(group index, row of the layer inside the group). Raises InvalidInput for a layer without stored KV."""
+        for index, group in enumerate(self.groups):
+            if layer in group.layers:
+                return index, group.layers.index(layer)
+        raise InvalidInput(f"layer {layer}: not stored, expected one of {self.layers}")
+
+    def plane_bytes(self, group: int) -> int:
+        """Bytes of K (or of V) in one record."""
+        return self.chunk_tokens * self.groups[group].head_dim * self.storage_dtype.itemsize
+
+    def record_bytes(self, group: int) -> int:
+        return 2 * self.plane_bytes(group)
+
+    def slot_bytes(self, group: int) -> int:
+        """Bytes of one chunk: its records back to back. No padding: rows of all records stay uniformly spaced."""
+        return self.groups[group].kv_heads * self.record_bytes(group)
+
+    @property
+    def token_bytes(self) -> int:
+        """KV bytes of one token over all layers."""
+        return sum(2 * g.kv_heads * g.head_dim * len(g.layers) for g in self.groups) * self.storage_dtype.itemsize
+
+    def chunks(self, tokens: int) -> int:
+        return div_ceil(tokens, self.chunk_tokens)
+
+    def grid_floor(self, tokens: int) -> int:
+        return tokens - tokens % self.chunk_tokens

@@ -1,0 +1,36 @@
+"""The prefix tree, as pure functions: which keys a token list has, how far two token lists agree.
+
+Key k of a token list stands for its first k whole blocks of 64 tokens under one identity; it is chained, so equal keys
+mean equal prefixes (and tokens are compared all the same before anything is reused). A segment is listed under key k
+when it holds tokens of block k of a sequence with that prefix: so a match may end at any token, not only at a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+BLOCK_TOKENS = 64
+
+Tokens = np.ndarray[Any, np.dtype[np.uint32]]
+
+
+def block_keys(identity_digest: bytes, tokens: Tokens) -> list[bytes]:
+    """Keys 0..len(tokens) // 64, 16 bytes each. Key 0 depends on the identity only."""
+    key = hashlib.blake2b(b"kvdb prefix 1\0" + identity_digest, digest_size=16).digest()
+    keys = [key]
+    data = np.ascontiguousarray(tokens, "<u4").tobytes()
+    step = 4 * BLOCK_TOKENS
+    for offset in range(0, len(data) - step + 1, step):
+        key = hashlib.blake2b(key + data[offset : offset + step], digest_size=16).digest()
+        keys.append(key)
+    return keys
+
+
+def common_prefix(a: Tokens, b: Tokens) -> int:
+    """Number of leading tokens that are equal."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n

@@ -1,0 +1,246 @@
+"""Writing segments: KV of all layers streams into one file per layer group, then is sealed and never changed.
+
+    writer = SegmentWriter(...)            # in tmp/<writer>/, readable at once through a Reader
+    writer.append(layer, keys, values)     # any layer order; each layer's tokens in order
+    sealed = writer.seal(token_ids)        # index, metadata, fsync: complete, but still invisible
+    writer.publish(chunks_folder)          # rename + fsync of the folder; the catalog entry comes after
+
+A writer reserves `capacity` chunk slots per layer up front (a sparse file), so that a layer is contiguous whatever the
+order of writes, and a run that is cut short seals what it has.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import xxhash
+
+from kvdb import files, format
+from kvdb.abstracts import ABSTRACTS
+from kvdb.codecs import CODECS, Codec
+from kvdb.errors import InvalidInput
+from kvdb.format import CodecSpec, SegmentInfo
+from kvdb.geometry import SEGMENT_TOKENS, Geometry
+from kvdb.identity import Identity, check_fidelity
+from kvdb.prefix import Tokens
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Segment(NamedTuple):
+    """A segment and the folder its arrays lie in: all a reader needs."""
+
+    info: SegmentInfo
+    folder: Path
+
+
+def codec_of(info: SegmentInfo) -> Codec:
+    return CODECS[info.codec.name](**info.codec.config)
+
+
+def row_bytes(info: SegmentInfo, group: int) -> int:
+    """Stored bytes of one record of `group`."""
+    g, geometry = info.geometry.groups[group], info.geometry
+    return codec_of(info).row_bytes(geometry.chunk_tokens, g.head_dim, geometry.storage_dtype.itemsize)
+
+
+def layout(info: SegmentInfo, group: int) -> format.ShardLayout:
+    return format.shard_layout(info.geometry, group, info.capacity, info.tokens, row_bytes(info, group))
+
+
+def abstract_bytes(info: SegmentInfo, group: int, name: str) -> int:
+    """Bytes of one layer of an abstract's file."""
+    g = info.geometry.groups[group]
+    itemsize = info.geometry.storage_dtype.itemsize
+    return info.capacity * g.kv_heads * ABSTRACTS[name].parts * g.head_dim * itemsize
+
+
+class SegmentWriter:
+    """One segment in the making. Not thread-safe; abandon it with `discard`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        segment: str,
+        identity: Identity,
+        fidelity: str,
+        geometry: Geometry,
+        codec: Codec,
+        abstracts: tuple[str, ...],
+        parent: str | None,
+        start: int,
+        capacity: int,
+    ) -> None:
+        if start % geometry.chunk_tokens or not 1 <= capacity <= geometry.chunks(SEGMENT_TOKENS):
+            raise InvalidInput(
+                f"segment {segment}: start={start}, capacity={capacity} chunks, expected start on the grid of "
+                f"{geometry.chunk_tokens} and at most {SEGMENT_TOKENS} tokens"
+            )
+        self.identity, self.codec = identity, codec
+        self.info = SegmentInfo(
+            segment=segment,
+            identity=identity.digest().hex(),
+            fidelity=check_fidelity(fidelity),
+            parent=parent,
+            start=start,
+            tokens=capacity * geometry.chunk_tokens,
+            capacity=capacity,
+            geometry=geometry,
+            codec=CodecSpec(name=codec.name, config=codec.config()),
+            abstracts=abstracts,
+            created=files.now(),
+        )
+        self.folder = folder
+        self.written = {layer: 0 for layer in geometry.layers}  # tokens per layer
+        self._fds: dict[str, int] = {}
+        self._digests = [
+            np.zeros(len(g.layers) * capacity * g.kv_heads, "<u8") for g in geometry.groups
+        ]
+        try:
+            for group in range(len(geometry.groups)):
+                self._create(format.kv_array(segment, group), layout(self.info, group).payload_bytes)
+                for name in abstracts:
+                    layers = len(geometry.groups[group].layers)
+                    self._create(
+                        format.abstract_array(segment, name, group), layers * abstract_bytes(self.info, group, name)
+                    )
+        except BaseException:
+            self.discard()
+            raise
+
+    @property
+    def segment(self) -> Segment:
+        """For reading back what is already written, before and after sealing (until `publish` moves it)."""
+        return Segment(self.info, self.folder)
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.info.capacity * self.info.geometry.chunk_tokens
+
+    def _create(self, array: str, size: int) -> None:
+        files.mkdir(self.folder / array)
+        path = self._path(array)
+        self._fds[array] = files.open_excl(path)
+        files.truncate(self._fds[array], size, path)
+
+    def _path(self, array: str) -> Path:
+        return self.folder / array / format.SHARD_KEY
+
+    def _write(self, array: str, data: Array, offset: int) -> None:
+        files.write_all(self._fds[array], data.data, offset, self._path(array))
+
+    def append(self, layer: int, keys: Array, values: Array) -> None:
+        """Write the next tokens of one layer.
+
+        keys, values  (kv_heads, tokens, head_dim) in the storage dtype; only the last append of a layer may end inside
+                      a chunk
+        raises        InvalidInput for a wrong shape or more tokens than reserved; StorageFull
+        """
+        geometry = self.info.geometry
+        group, row = geometry.locate(layer)
+        g, ct = geometry.groups[group], geometry.chunk_tokens
+        tokens, done = keys.shape[1], self.written[layer]
+        if keys.shape != (g.kv_heads, tokens, g.head_dim) or values.shape != keys.shape or tokens == 0:
+            raise InvalidInput(
+                f"layer {layer}: keys {keys.shape}, values {values.shape}, "
+                f"expected ({g.kv_heads}, tokens > 0, {g.head_dim}) twice"
+            )
+        if done % ct or done + tokens > self.capacity_tokens:
+            raise InvalidInput(
+                f"layer {layer}: {tokens} tokens after {done}, expected a whole number of chunks before them and at "
+                f"most {self.capacity_tokens} in all"
+            )
+        chunks = geometry.chunks(tokens)
+        records = np.zeros((chunks, g.kv_heads, 2, ct, g.head_dim), geometry.storage_dtype)
+        by_token = records.transpose(1, 2, 0, 3, 4)  # [kv_heads, 2, chunks, chunk_tokens, head_dim]
+        padded = np.zeros((g.kv_heads, chunks * ct, g.head_dim), geometry.storage_dtype)
+        for kv, plane in enumerate((keys, values)):
+            padded[:, :tokens] = plane
+            by_token[:, kv] = padded.reshape(g.kv_heads, chunks, ct, g.head_dim)
+        rows = self.codec.encode(records.reshape(chunks * g.kv_heads, 2, ct, g.head_dim))
+        first = (row * self.info.capacity + done // ct) * g.kv_heads
+        self._digests[group][first : first + len(rows)] = format.record_digests(self.info.segment, first, rows)
+        self._write(format.kv_array(self.info.segment, group), rows, first * rows.shape[1])
+        exact_keys = format.as_float32(by_token[:, 0], geometry.dtype)
+        for name in self.info.abstracts:
+            built = ABSTRACTS[name].build(exact_keys, tokens)
+            stored = np.ascontiguousarray(format.from_float32(built, geometry.dtype))
+            offset = row * abstract_bytes(self.info, group, name) + done // ct * stored[0].nbytes
+            self._write(format.abstract_array(self.info.segment, name, group), stored, offset)
+        self.written[layer] = done + tokens
+
+    def seal(self, token_ids: Tokens) -> SegmentInfo:
+        """Complete the files and force them to disk. All layers must hold exactly `len(token_ids)` tokens.
+
+        raises  InvalidInput when a layer lags; StorageFull; OSError from fsync (final: discard the writer)
+        """
+        tokens = len(token_ids)
+        if tokens == 0 or set(self.written.values()) != {tokens}:
+            raise InvalidInput(
+                f"segment {self.info.segment}: layers hold {sorted(set(self.written.values()))} tokens, "
+                f"expected {tokens} > 0 in each"
+            )
+        self.info = msgspec.structs.replace(self.info, tokens=tokens)
+        token_bytes = np.ascontiguousarray(token_ids, "<u4")
+        for group in range(len(self.info.geometry.groups)):
+            array, place = format.kv_array(self.info.segment, group), layout(self.info, group)
+            digests = self._digests[group]
+            self._write(array, digests, place.digests_offset)
+            sections: dict[str, Any] = {
+                "digests": [place.digests_offset, digests.nbytes, xxhash.xxh3_64_hexdigest(digests)]
+            }
+            if group == 0:
+                self._write(array, token_bytes, place.tokens_offset)
+                sections["tokens"] = [
+                    place.tokens_offset, token_bytes.nbytes, xxhash.xxh3_64_hexdigest(token_bytes),
+                ]  # fmt: skip
+            index = format.shard_index(
+                self.info.geometry, group, self.info.capacity, self.info.chunks, row_bytes(self.info, group)
+            )
+            files.write_all(self._fds[array], index, place.index_offset, self._path(array))
+            metadata = format.kv_metadata(self.info, self.identity, group, self.codec, sections)
+            files.write_new(self.folder / array / format.METADATA_KEY, metadata)
+            for name in self.info.abstracts:
+                self._seal_abstract(group, name)
+        for array, fd in self._fds.items():
+            files.fsync(fd, self._path(array))
+            files.fsync_dir(self.folder / array)
+        self._close()
+        return self.info
+
+    def _seal_abstract(self, group: int, name: str) -> None:
+        array = format.abstract_array(self.info.segment, name, group)
+        size = abstract_bytes(self.info, group, name)
+        layers = range(len(self.info.geometry.groups[group].layers))
+        digests = [
+            xxhash.xxh3_64_hexdigest(files.pread(self._fds[array], size, layer * size)) for layer in layers
+        ]
+        metadata = format.abstract_metadata(self.info, group, name, ABSTRACTS[name].parts, digests)
+        files.write_new(self.folder / array / format.METADATA_KEY, metadata)
+
+    def publish(self, chunks: Path) -> Segment:
+        """Move the sealed arrays into the store. Still invisible: the catalog decides what exists."""
+        for array in self.info.array_names():
+            files.rename(self.folder / array, chunks / array)
+        files.fsync_dir(chunks)
+        return Segment(self.info, chunks)
+
+    def discard(self) -> None:
+        """Remove everything; never fails on what is already gone."""
+        self._close()
+        for array in self.info.array_names():
+            files.remove_tree(self.folder / array)
+
+    def _close(self) -> None:
+        while self._fds:
+            files.close(self._fds.popitem()[1])
+
+
+def new_segment_id() -> str:
+    """128 random bits: names are never reused, so a map of an evicted file can never show another's bytes."""
+    return os.urandom(16).hex()

@@ -1,0 +1,461 @@
+"""KVDB: a store of KV on disk. Opens, finds prefixes, hands out writers, commits, lists, deletes.
+
+    STORE/kvdb.json   format, id, defaults: readable by a person
+          catalog/    LMDB: what exists
+          chunks/     Zarr v3: the bytes
+          tmp/        in flight, one folder per writer, owned through a lock
+
+The chain of a commit: payload -> index -> fsync -> rename -> fsync folder -> one synced LMDB transaction. Only the last
+step makes anything visible; what a dead writer left is removed at the next open for writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, NamedTuple, Self
+
+import msgspec
+import numpy as np
+
+from kvdb import files, format
+from kvdb.catalog import Catalog, Found, Sequence, Span, Transaction, sequence_key, spans_of
+from kvdb.check import check_store
+from kvdb.codecs import Codec, Raw
+from kvdb.errors import (
+    Damaged,
+    InvalidInput,
+    NewerFormat,
+    NotAStore,
+    Problem,
+    ReadOnly,
+    StoreError,
+    StoreLocked,
+    StoreNotFound,
+)
+from kvdb.format import FORMAT_VERSION, SegmentInfo
+from kvdb.geometry import CHUNK_TOKENS, Geometry
+from kvdb.identity import EXACT, Identity
+from kvdb.prefix import Tokens
+from kvdb.reader import READERS, Reader
+from kvdb.retention import RETENTION
+from kvdb.segments import Segment, SegmentWriter, new_segment_id
+
+Mode = Literal["r", "r+", "a", "w", "w-"]
+_MODES: Final = ("r", "r+", "a", "w", "w-")
+_HEADER: Final = "kvdb.json"
+_PARTS: Final = ("catalog", "chunks", "tmp")
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """kvdb.json."""
+
+    format: int
+    store: str
+    created: float
+    chunk_tokens: int
+    codec: str
+
+
+class Match(NamedTuple):
+    """Longest reusable prefix of a token list.
+
+    reason  why it is not longer, in words
+    """
+
+    tokens: int
+    spans: tuple[Span, ...]
+    reason: str
+
+
+class KVDB:
+    """An open store. Use `KVDB.open`; a context manager.
+
+    path       folder of the store
+    mode       "r" read only; "r+" existing store, read and write; "a" (default) create if missing;
+               "w" create, replacing an existing store; "w-" create, fail if it exists
+    salt       tenant salt: KV is only shared between handles with the same salt
+    read_mode  "mmap" (default) or "pread" (network file systems)
+    """
+
+    def __init__(self, path: Path, header: Header, *, mode: Mode, salt: str, read_mode: str) -> None:
+        self.path, self.header, self.mode, self.salt, self.read_mode = path, header, mode, salt, read_mode
+        self.readonly = mode == "r"
+        self.catalog = Catalog(path / "catalog", readonly=self.readonly)
+        self._workspace: Path | None = None
+        self._workspace_lock: int | None = None
+        if not self.readonly:
+            self._sweep()
+
+    # -- opening and closing
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], mode: Mode = "a", *, salt: str = "", read_mode: str = "mmap"
+    ) -> KVDB:
+        """Open or create a store.
+
+        raises  StoreNotFound, NotAStore, NewerFormat, Damaged; InvalidInput for an unknown mode; OSError for permissions
+        """
+        if mode not in _MODES:
+            raise InvalidInput(f"KVDB.open: mode is {mode!r}, expected one of {_MODES}")
+        if read_mode not in READERS:
+            raise InvalidInput(f"KVDB.open: read_mode is {read_mode!r}, expected one of {sorted(READERS)}")
+        root = Path(path)
+        exists = _state(root)
+        if mode in ("r", "r+") and not exists:
+            raise StoreNotFound(f"{root}: no store there, expected one for mode {mode!r}; use mode 'a' to create it")
+        if mode == "w-" and exists:
+            raise StoreError(f"{root}: a store is there, expected none for mode 'w-'; use mode 'a' to open it")
+        if mode == "w" and exists:
+            read_header(root)  # refuses to replace what is no store or a newer one
+            files.remove_tree(root)
+            exists = False
+        if not exists:
+            _create(root)
+        return cls(root, read_header(root), mode=mode, salt=salt, read_mode=read_mode)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the store; closing twice is fine. Caches made from it must not be used any more."""
+        if self._workspace is not None:
+            files.remove_tree(self._workspace)
+            self._workspace = None
+        if self._workspace_lock is not None:
+            files.close(self._workspace_lock)
+            self._workspace_lock = None
+        self.catalog.close()
+
+    def reader(self) -> Reader:
+        """A reader of its own for one thread of generation; close it after use."""
+        return READERS[self.read_mode]()
+
+    # -- reading
+
+    def match(self, identity: Identity, tokens: Tokens, *, exact: bool = True) -> Match:
+        """Longest stored prefix of `tokens` that may be reused under `identity`.
+
+        exact  only KV of fidelity "exact"
+        """
+        with self.catalog.begin() as txn:
+            found = txn.find(identity.digest().hex(), tokens, exact=exact)
+            return Match(found.tokens, found.spans, self._why(txn, identity, tokens, found, exact=exact))
+
+    def _why(self, txn: Transaction, identity: Identity, tokens: Tokens, found: Found, *, exact: bool) -> str:
+        if found.tokens == len(tokens):
+            return "all tokens are stored"
+        mine = identity.digest().hex()
+        if exact and (other := txn.find(mine, tokens, exact=False)).tokens > found.tokens:
+            return f"{other.tokens} tokens are stored, but not with fidelity {EXACT!r}"
+        for digest, stored in txn.identities().items():
+            if digest != mine and (other := txn.find(digest, tokens, exact=exact)).tokens > found.tokens:
+                fields = ", ".join(identity.difference(stored))
+                return f"{other.tokens} tokens are stored under another identity, which differs in: {fields}"
+        if found.tokens == 0:
+            return "no stored sequence of this identity begins with these tokens"
+        return f"no stored sequence has token {tokens[found.tokens]} at position {found.tokens}"
+
+    def segments(self, spans: tuple[Span, ...]) -> list[Segment]:
+        """The segments behind spans, in order.
+
+        raises  Damaged when one is not in the catalog
+        """
+        with self.catalog.begin() as txn:
+            found = []
+            for span in spans:
+                info = txn.segment(span.segment)
+                if info is None:
+                    raise Damaged(f"segment {span.segment}: not in the catalog, expected it; run 'kvdb verify'")
+                found.append(Segment(info, self.path / "chunks"))
+            return found
+
+    def tokens(self, spans: tuple[Span, ...]) -> Tokens:
+        """Token ids of spans, (tokens,) uint32."""
+        with self.catalog.begin() as txn:
+            parts = [txn.tokens(span.segment)[span.start : span.stop] for span in spans]
+        return np.concatenate(parts) if parts else np.empty(0, "<u4")
+
+    def sequence(self, name_or_key: str) -> Sequence:
+        """One sequence by name or key. Raises SequenceNotFound."""
+        with self.catalog.begin() as txn:
+            return txn.sequence(name_or_key)
+
+    def identity(self, digest: str) -> Identity:
+        with self.catalog.begin() as txn:
+            found = txn.identity(digest)
+        if found is None:
+            raise Damaged(f"identity {digest}: not in the catalog, expected it; run 'kvdb verify'")
+        return found
+
+    def sequences(self) -> list[Sequence]:
+        """All sequences, oldest first."""
+        with self.catalog.begin() as txn:
+            return txn.sequences()
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the store as JSON-safe values; bytes are what files occupy on disk."""
+        with self.catalog.begin() as txn:
+            sequences, ids = txn.sequences(), txn.segment_ids()
+            infos = [info for i in ids if (info := txn.segment(i)) is not None]
+            identities = txn.identities()
+        kv_bytes = sum(info.tokens * info.geometry.token_bytes for info in infos)
+        return {
+            "path": str(self.path),
+            "format": self.header.format,
+            "store": self.header.store,
+            "created": self.header.created,
+            "sequences": len(sequences),
+            "segments": len(infos),
+            "tokens": sum(info.tokens for info in infos),
+            "identities": len(identities),
+            "kv_bytes": kv_bytes,
+            "disk_bytes": sum(self.segment_disk_bytes(info) for info in infos),
+            "catalog_bytes": self.catalog.file_bytes(),
+        }
+
+    def segment_disk_bytes(self, info: SegmentInfo) -> int:
+        """Bytes the segment's files occupy; missing files count as 0."""
+        total = 0
+        for array in info.array_names():
+            with contextlib.suppress(FileNotFoundError):
+                total += files.disk_bytes(self.path / "chunks" / array / format.SHARD_KEY)
+        return total
+
+    def check(self) -> list[Problem]:
+        """Walk everything and return what is wrong: catalog, files, token ids, digest of every record."""
+        return list(check_store(self.path, self.catalog))
+
+    # -- writing
+
+    def writer(
+        self,
+        *,
+        identity: Identity,
+        fidelity: str,
+        geometry: Geometry,
+        parent: str | None,
+        start: int,
+        capacity: int,
+        codec: Codec | None = None,
+        abstracts: tuple[str, ...] = ("box",),
+    ) -> SegmentWriter:
+        """Begin a segment of at most `capacity` chunks after `parent`, at position `start`.
+
+        raises  ReadOnly in mode "r"; StorageFull
+        """
+        return SegmentWriter(
+            self._own_workspace(),
+            segment=new_segment_id(),
+            identity=identity,
+            fidelity=fidelity,
+            geometry=geometry,
+            codec=codec or Raw(),
+            abstracts=abstracts,
+            parent=parent,
+            start=start,
+            capacity=capacity,
+        )
+
+    def commit(self, writer: SegmentWriter, token_ids: Tokens, prefix_tokens: Tokens) -> Segment:
+        """Seal a segment and make it visible. If another writer has stored the same tokens with the same identity,
+        fidelity and codec meanwhile, theirs is adopted and this one discarded.
+
+        token_ids      of the segment
+        prefix_tokens  of all positions before it
+        """
+        try:
+            info = writer.seal(token_ids)
+            with self.catalog.begin(write=True) as txn:
+                adopted = self._same(txn, info, np.concatenate((prefix_tokens, token_ids)))
+                if adopted is None:
+                    published = writer.publish(self.path / "chunks")
+                    txn.add_segment(info, writer.identity, token_ids)
+                    return published
+        except BaseException:
+            writer.discard()
+            raise
+        writer.discard()
+        return Segment(adopted, self.path / "chunks")
+
+    @staticmethod
+    def _same(txn: Transaction, info: SegmentInfo, tokens: Tokens) -> SegmentInfo | None:
+        found = txn.find(info.identity, tokens, exact=info.fidelity == EXACT)
+        if found.tokens != len(tokens) or not found.spans:
+            return None
+        other = txn.segment(found.spans[-1].segment)
+        same = other is not None and (other.start, other.parent, other.tokens, other.fidelity, other.codec) == (
+            info.start, info.parent, info.tokens, info.fidelity, info.codec,
+        )  # fmt: skip
+        return other if same else None
+
+    def put_sequence(self, identity: Identity, last: Segment | None, tokens: int, *, name: str | None, model: str) -> str:
+        """Record the sequence that ends in segment `last` with `tokens` tokens in all, and return its key.
+
+        raises  InvalidInput when there is nothing to record; ReadOnly
+        """
+        self._writable()
+        if last is None or tokens == 0:
+            raise InvalidInput("sequence: 0 tokens, expected at least one; prefill something first")
+        digest = identity.digest().hex()
+        with self.catalog.begin(write=True) as txn:
+            path = txn.path(last.info.segment)
+            spans = spans_of(path, tokens)
+            used = {span.segment for span in spans}
+            kinds = [info.fidelity for info in path if info.segment in used and info.fidelity != EXACT]
+            now = files.now()
+            sequence = Sequence(
+                key=sequence_key(digest, spans),
+                name=name,
+                identity=digest,
+                tokens=tokens,
+                fidelity=kinds[-1] if kinds else EXACT,
+                spans=spans,
+                created=now,
+                last_used=now,
+                model=model,
+            )
+            txn.put_sequence(sequence)
+        return sequence.key
+
+    def delete(self, name_or_key: str) -> int:
+        """Forget a sequence and the segments only it used; returns bytes of files removed.
+
+        raises  SequenceNotFound, ReadOnly
+        """
+        self._writable()
+        with self.catalog.begin(write=True) as txn:
+            txn.remove_sequence(txn.sequence(name_or_key))
+            dead = txn.unreferenced()
+            for info in dead:
+                txn.remove_segment(info)
+        return self._unlink(dead)
+
+    def evict(self, target_bytes: int, *, policy: str = "lru") -> list[Sequence]:
+        """Delete unnamed sequences in the policy's order until KV files occupy at most `target_bytes`.
+
+        returns  the sequences deleted; fewer bytes may be freed than hoped, since prefixes are shared
+        """
+        self._writable()
+        evicted: list[Sequence] = []
+        for sequence in RETENTION[policy].order(self.sequences()):
+            if self.info()["disk_bytes"] <= target_bytes:
+                break
+            self.delete(sequence.key)
+            evicted.append(sequence)
+        return evicted
+
+    def _unlink(self, dead: list[SegmentInfo]) -> int:
+        """After the entries are gone: a reader that mapped the files keeps its bytes."""
+        freed = 0
+        for info in dead:
+            freed += self.segment_disk_bytes(info)
+            for array in info.array_names():
+                files.remove_tree(self.path / "chunks" / array)
+        return freed
+
+    # -- housekeeping
+
+    def _writable(self) -> None:
+        if self.readonly:
+            raise ReadOnly(f"{self.path}: opened with mode 'r', expected a writable store; open it with 'r+' or 'a'")
+
+    def _own_workspace(self) -> Path:
+        self._writable()
+        if self._workspace is None:
+            workspace = self.path / "tmp" / f"{os.getpid()}-{os.urandom(8).hex()}"
+            files.mkdir(workspace)
+            self._workspace_lock = files.lock(workspace / "lock", timeout_s=0)
+            self._workspace = workspace
+        return self._workspace
+
+    def _sweep(self) -> None:
+        """Remove what dead writers left: unlocked folders in tmp/, arrays in chunks/ that no entry names.
+
+        Publishing happens inside a write transaction, so inside one of ours nothing is half published.
+        """
+        for name in files.list_dir(self.path / "tmp"):
+            workspace = self.path / "tmp" / name
+            with contextlib.suppress(StoreLocked, FileNotFoundError):
+                fd = files.lock(workspace / "lock", timeout_s=0, create=False)
+                files.remove_tree(workspace)
+                files.close(fd)
+        with self.catalog.begin(write=True) as txn:
+            known = set(txn.segment_ids())
+            for array in files.list_dir(self.path / "chunks"):
+                if array != format.METADATA_KEY and array.partition(".")[0] not in known:
+                    files.remove_tree(self.path / "chunks" / array)
+
+
+def _state(root: Path) -> bool:
+    """True for an existing store, False where one can be created; raises NotAStore for anything else."""
+    if root.is_symlink() and not root.exists():
+        raise NotAStore(f"{root}: a dangling symbolic link, expected a folder or nothing")
+    if not root.exists():
+        return False
+    if not root.is_dir():
+        raise NotAStore(f"{root}: a file, expected a folder with {_HEADER}; choose another path")
+    if (root / _HEADER).exists():
+        return True
+    if any(root.iterdir()):
+        raise NotAStore(f"{root}: a folder without {_HEADER}, expected a store or an empty folder; choose another path")
+    return False
+
+
+def _create(root: Path) -> None:
+    """Make an empty store. kvdb.json comes last: a folder without it is no store yet.
+
+    Two processes that create the same store at once both succeed: the first header wins.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    files.mkdir(root, exist_ok=True)
+    for part in _PARTS:
+        files.mkdir(root / part, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        files.write_new(root / "chunks" / format.METADATA_KEY, format.group_metadata())
+    Catalog(root / "catalog", readonly=False).close()
+    header = Header(
+        format=FORMAT_VERSION,
+        store=os.urandom(16).hex(),
+        created=files.now(),
+        chunk_tokens=CHUNK_TOKENS,
+        codec=Raw.name,
+    )
+    draft = root / "tmp" / f"header-{os.urandom(8).hex()}"
+    files.write_new(draft, msgspec.json.format(msgspec.json.encode(header), indent=2) + b"\n")
+    with contextlib.suppress(FileExistsError):
+        os.link(draft, root / _HEADER)
+    files.remove_tree(draft)
+    for folder in (root / "chunks", root / "catalog", root, root.parent):
+        files.fsync_dir(folder)
+
+
+def read_header(root: Path) -> Header:
+    """kvdb.json of a store.
+
+    raises  NotAStore, NewerFormat, Damaged
+    """
+    try:
+        data = files.read_file(root / _HEADER)
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise NotAStore(f"{root}: no {_HEADER}, expected a store") from e
+        raise
+    try:
+        found = msgspec.json.decode(data)["format"]
+        if isinstance(found, int) and found > FORMAT_VERSION:
+            raise NewerFormat(
+                f"{root}: store of format {found}, expected at most {FORMAT_VERSION}; upgrade kvdb (nothing was changed)"
+            )
+        return msgspec.json.decode(data, type=Header)
+    except (msgspec.MsgspecError, KeyError, TypeError) as e:
+        raise Damaged(f"{root / _HEADER}: {e}, expected a KVDB header") from e
