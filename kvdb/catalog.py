@@ -258,7 +258,7 @@ class Transaction:
             if older is not None and older.key != sequence.key:
                 self._put("sequences", bytes.fromhex(older.key), msgspec.structs.replace(older, name=None))
             self._put("names", _name_key(sequence.name), sequence.key)
-        previous = self._get("sequences", bytes.fromhex(sequence.key), Sequence)
+        previous = self.find_sequence(sequence.key)
         if previous is not None:
             sequence = msgspec.structs.replace(sequence, created=previous.created)
             if sequence.name is None:
@@ -275,6 +275,9 @@ class Transaction:
     def named(self, name: str) -> Sequence | None:
         key = self._get("names", _name_key(name), str)
         return None if key is None else self._get("sequences", bytes.fromhex(key), Sequence)
+
+    def find_sequence(self, key: str) -> Sequence | None:
+        return self._get("sequences", bytes.fromhex(key), Sequence)
 
     def sequence(self, name_or_key: str) -> Sequence:
         """By name, else by key or a unique beginning of one.

@@ -298,14 +298,31 @@ class KVDB:
         )  # fmt: skip
         return other if same else None
 
-    def put_sequence(self, identity: Identity, last: Segment | None, tokens: int, *, name: str | None, model: str) -> str:
+    def put_sequence(
+        self,
+        identity: Identity,
+        last: Segment,
+        tokens: int,
+        *,
+        name: str | None = None,
+        model: str = "",
+        replaces: str | None = None,
+    ) -> str:
         """Record the sequence that ends in segment `last` with `tokens` tokens in all, and return its key.
 
-        raises  InvalidInput when there is nothing to record; ReadOnly
+        name      None for a sequence that may be evicted; a name moves to its newest sequence
+        model     what to show people; not part of the identity
+        replaces  key of an unnamed sequence that this one continues, to be forgotten
+        raises    InvalidInput for an empty name or a token count outside `last`; ReadOnly
         """
         self._writable()
-        if last is None or tokens == 0:
-            raise InvalidInput("sequence: 0 tokens, expected at least one; prefill something first")
+        if not last.info.start < tokens <= last.info.stop:
+            raise InvalidInput(
+                f"sequence: {tokens} tokens, expected {last.info.start + 1}..{last.info.stop}, the positions of its "
+                f"last segment {last.info.segment}"
+            )
+        if name is not None and not (name.strip() and name.isprintable() and len(name) <= 512):
+            raise InvalidInput(f"sequence: name is {name!r}, expected 1..512 printable characters")
         digest = identity.digest().hex()
         with self.catalog.begin(write=True) as txn:
             path = txn.path(last.info.segment)
@@ -324,8 +341,19 @@ class KVDB:
                 last_used=now,
                 model=model,
             )
+            older = None if replaces in (None, sequence.key) else txn.find_sequence(replaces or "")
+            if older is not None and older.name is None:
+                txn.remove_sequence(older)
             txn.put_sequence(sequence)
         return sequence.key
+
+    def touch(self, identity: Identity, spans: tuple[Span, ...]) -> None:
+        """Note that the sequence with exactly these spans was used now; nothing happens if there is none."""
+        self._writable()
+        with self.catalog.begin(write=True) as txn:
+            sequence = txn.find_sequence(sequence_key(identity.digest().hex(), spans))
+            if sequence is not None:
+                txn.put_sequence(msgspec.structs.replace(sequence, last_used=files.now()))
 
     def delete(self, name_or_key: str) -> int:
         """Forget a sequence and the segments only it used; returns bytes of files removed.

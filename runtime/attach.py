@@ -1,0 +1,409 @@
+"""attach(): join a transformers model to a store for the length of a `with` block.
+
+    with attach(model, db, budget=0.1) as kv:
+        cache = kv.cache(input_ids)
+        model.generate(input_ids, past_key_values=cache)
+        kv.save(cache, name="report")
+
+Inside the block the model's attention implementation is "kvdb", forward passes are watched by two hooks, and
+`prepare_inputs_for_generation` compares the whole prompt with what the cache holds: `generate` would otherwise silently
+accept a cache of another prompt. At the end everything is put back.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvdb.catalog import Found
+from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
+from kvdb.geometry import STORAGE_DTYPES, Geometry, LayerGroup
+from kvdb.identity import EXACT, Identity
+from kvdb.prefix import Tokens
+from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, register
+from kvdb.runtime.cache import KVDBCache
+from kvdb.runtime.identity import dtype_name, model_identity, text_config
+from kvdb.runtime.prefill import PrefillProgress, prefill
+from kvdb.runtime.selection import SELECTORS, Budget, Selector
+from kvdb.store import KVDB, Match
+
+_SAME_ALWAYS: Final = ("default", "linear", "llama3", "yarn", "proportional")
+"""RoPE types whose rotation of a position does not depend on how long the text gets."""
+
+
+def attach(
+    model: nn.Module,
+    db: KVDB,
+    *,
+    budget: float | int | None = None,
+    exact: bool = False,
+    fidelity: str = EXACT,
+    selector: str = "box",
+) -> Attachment:
+    """Join a causal language model of transformers to a store. A context manager.
+
+    budget    share of stored tokens each KV head may attend to while decoding (float), or their number (int);
+              default min(10 %, 2 048 tokens); sinks and recent window included, the newest, unstored tokens not
+    exact     attend to everything; excludes `budget`
+    fidelity  "exact" reuses only KV that dense attention computed; "any" also what was generated under a budget
+    raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
+    """
+    if exact and budget is not None:
+        raise InvalidInput(f"attach: exact=True and budget={budget!r}, expected one of them")
+    if fidelity not in (EXACT, "any"):
+        raise InvalidInput(f"attach: fidelity is {fidelity!r}, expected {EXACT!r} or 'any'")
+    if selector not in SELECTORS:
+        raise InvalidInput(f"attach: selector is {selector!r}, expected one of {sorted(SELECTORS)}")
+    limit = None if exact else Budget.of(budget)
+    return Attachment(model, db, budget=limit, fidelity=fidelity, selector=SELECTORS[selector]())
+
+
+class Attachment:
+    """A model joined to a store; made by `attach`."""
+
+    def __init__(
+        self, model: nn.Module, db: KVDB, *, budget: Budget | None, fidelity: str, selector: Selector
+    ) -> None:
+        self.model, self.db, self.budget, self.fidelity, self.selector = model, db, budget, fidelity, selector
+        self.config = text_config(model)
+        self.windows = _windows(self.config)
+        self.geometry = _geometry(model, self.config, db)
+        self._stack: ExitStack | None = None
+        self._caches: list[KVDBCache] = []
+        self._causal: AbstractContextManager[None] | None = None
+
+    # -- the with block
+
+    def __enter__(self) -> Self:
+        model: Any = self.model
+        if model.config._attn_implementation == IMPLEMENTATION:
+            raise InvalidInput("attach: the model is attached already, expected a free one; leave the other 'with' block")
+        register()
+        with ExitStack() as stack:
+            previous = model.config._attn_implementation
+            stack.callback(model.set_attn_implementation, previous)
+            model.set_attn_implementation(IMPLEMENTATION)
+            before = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            stack.callback(before.remove)
+            after = model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
+            stack.callback(after.remove)
+            prepare = model.prepare_inputs_for_generation
+            model.prepare_inputs_for_generation = self._checking_prompts(prepare)
+            stack.callback(delattr, model, "prepare_inputs_for_generation")
+            stack.callback(self._close_caches)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _close_caches(self) -> None:
+        while self._caches:
+            self._caches.pop().close()
+
+    # -- what users call
+
+    def identity(self) -> Identity:
+        """Identity of the model's KV as it is now; rehashes only weights that changed."""
+        return model_identity(self.model, kv_dtype=_dtype(self.model), salt=self.db.salt)
+
+    def match(self, input_ids: Tensor) -> Match:
+        """Longest stored prefix of a prompt, and why it is not longer. Reads no KV.
+
+        input_ids  (tokens,) or (1, tokens)
+        """
+        rows = _rows(input_ids)
+        if len(rows) != 1:
+            raise InvalidInput(f"match: {len(rows)} prompts, expected one; ask for each")
+        return self.db.match(self.identity(), rows[0], exact=self.fidelity == EXACT)
+
+    def cache(
+        self, input_ids: Tensor, *, progress: Callable[[PrefillProgress], None] | None = None
+    ) -> KVDBCache:
+        """A cache for this prompt: reuses the longest stored prefix, prefills and stores the rest but the last token.
+
+        input_ids  (batch, tokens) or (tokens,): prompts of equal length, no padding; the last token is left for
+                   `generate`, which must compute it anyway
+        raises     InvalidInput for an empty prompt or one longer than the model's context; Damaged when a stored prefix
+                   cannot be read; StorageFull (nothing of this prompt is committed)
+        On KeyboardInterrupt the blocks that are whole stay stored.
+        """
+        self._entered()
+        rows = _rows(input_ids)
+        length = len(rows[0])
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise InvalidInput(f"cache: prompt of {length} tokens, expected at most {limit}, the model's context")
+        started = time.perf_counter()
+        identity = self.identity()
+        exact = self.fidelity == EXACT
+        found = [self.db.match(identity, row[: length - 1], exact=exact) for row in rows]
+        shared = min(match.tokens for match in found)
+        cut = [_cut(match, shared) for match in found]
+        cache = self._new(identity, len(rows))
+        cache.metrics.prompt_tokens = length
+        try:
+            cache.restore(cut)
+            cache.metrics.restore_seconds = time.perf_counter() - started
+            if not self.db.readonly:
+                for each in cut:
+                    self.db.touch(identity, each.spans)
+            started = time.perf_counter()
+            tokens = torch.as_tensor(np.stack([row[: length - 1] for row in rows]).astype(np.int64))
+            prefill(self.model, cache, tokens.to(_device(self.model)), progress=progress)
+            if cache.writes:
+                cache.seal()
+            cache.metrics.prefill_seconds = time.perf_counter() - started
+        except KeyboardInterrupt:
+            try:
+                cache.salvage()
+            finally:
+                self._drop(cache)
+            raise
+        except BaseException:
+            cache.discard()
+            self._drop(cache)
+            raise
+        return cache
+
+    def load(self, name: str) -> KVDBCache:
+        """The cache of a saved sequence, to be continued with a prompt that begins with its tokens.
+
+        raises  SequenceNotFound; IdentityMismatch naming the fields that differ; Damaged
+        """
+        self._entered()
+        started = time.perf_counter()
+        sequence = self.db.sequence(name)
+        identity, stored = self.identity(), self.db.identity(sequence.identity)
+        if different := identity.difference(stored):
+            raise IdentityMismatch(
+                f"sequence {name!r}: stored under another identity ({', '.join(different)} differ), expected the attached "
+                "model's; its KV cannot be reused, prefill it again"
+            )
+        if self.fidelity == EXACT and sequence.fidelity != EXACT:
+            raise InvalidInput(
+                f"sequence {name!r}: its fidelity is {sequence.fidelity!r}, expected {EXACT!r}; attach with fidelity='any'"
+            )
+        cache = self._new(identity, 1)
+        try:
+            cache.restore([Found(sequence.tokens, sequence.spans)])
+        except BaseException:
+            self._drop(cache)
+            raise
+        cache.metrics.prompt_tokens = sequence.tokens
+        cache.metrics.restore_seconds = time.perf_counter() - started
+        if not self.db.readonly:
+            self.db.touch(identity, sequence.spans)
+        return cache
+
+    def save(self, cache: KVDBCache, name: str | None = None) -> list[str]:
+        """Store what the cache computed since; only new tokens are written (and the chunk they start in).
+
+        name     keeps the sequence from eviction and makes it loadable; rows of a batch become "name#0", "name#1", ...
+        returns  keys of the sequences
+        raises   ReadOnly; InvalidInput for an empty cache; IdentityMismatch when the weights changed since it was made
+        """
+        if self.db.readonly:
+            raise ReadOnly(f"{self.db.path}: opened with mode 'r', expected a writable store; open it with 'r+' or 'a'")
+        if cache.length == 0:
+            raise InvalidInput("save: the cache holds 0 tokens, expected at least one; generate something first")
+        if different := self.identity().difference(cache.identity):
+            raise IdentityMismatch(
+                f"save: the model's {', '.join(different)} changed since the cache was made, expected the same; "
+                "make a new cache"
+            )
+        cache.seal()
+        names = [name if name is None or len(cache.rows) == 1 else f"{name}#{i}" for i in range(len(cache.rows))]
+        return [key for row, each in zip(cache.rows, names, strict=True) if (key := row.record(each)) is not None]
+
+    # -- inside
+
+    def _entered(self) -> None:
+        if self._stack is None:
+            raise InvalidInput("attach: used outside its 'with' block, expected inside; write 'with attach(...) as kv:'")
+
+    def _new(self, identity: Identity, batch: int) -> KVDBCache:
+        cache = KVDBCache(
+            self.db,
+            identity,
+            self.geometry,
+            self.windows,
+            batch=batch,
+            dtype=_dtype(self.model),
+            device=_device(self.model),
+            budget=self.budget,
+            selector=self.selector,
+            model_label=str(getattr(self.config, "_name_or_path", "") or self.config.model_type),
+        )
+        self._caches.append(cache)
+        return cache
+
+    def _drop(self, cache: KVDBCache) -> None:
+        self._caches.remove(cache)
+        cache.close()
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, KVDBCache):
+            return
+        if cache not in self._caches:
+            raise InvalidInput("forward: the KVDB cache belongs to another attachment, expected one of this one")
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        cache.begin_step(input_ids, kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        self._causal = full_attention_is_causal()
+        self._causal.__enter__()
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        causal, self._causal = self._causal, None
+        if causal is not None:
+            causal.__exit__(None, None, None)
+        if isinstance(cache, KVDBCache):
+            cache.end_step(failed=output is None)
+
+    def _checking_prompts(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(prepare)
+        def checked(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            if isinstance(cache, KVDBCache):
+                _check_prompt(cache, input_ids)
+            return prepare(input_ids, *args, **kwargs)
+
+        return checked
+
+
+def _check_prompt(cache: KVDBCache, input_ids: Tensor) -> None:
+    """`generate` feeds what it believes to be new: the whole prompt must be longer than the cache and begin with it."""
+    length = cache.length
+    if input_ids.shape[0] != len(cache.rows):
+        raise InvalidInput(
+            f"generate: {input_ids.shape[0]} sequences for a cache of {len(cache.rows)}, expected as many; beams and several "
+            "return sequences are not supported yet"
+        )
+    if input_ids.shape[1] <= length:
+        raise InvalidInput(
+            f"generate: prompt of {input_ids.shape[1]} tokens for a cache of {length}, expected a longer one; the last prompt "
+            "token is always computed again: make the cache with kv.cache(input_ids)"
+        )
+    for row, tokens in enumerate(cache.tokens):
+        given = input_ids[row, :length].cpu().numpy()
+        different = np.flatnonzero(given != np.asarray(tokens))
+        if len(different):
+            at = int(different[0])
+            raise InvalidInput(
+                f"generate: token {int(given[at])} at position {at} of row {row}, but the cache holds {tokens[at]} there; "
+                "expected the prompt the cache was made for: make one with kv.cache(input_ids)"
+            )
+
+
+def _rows(input_ids: Tensor) -> list[Tokens]:
+    """Prompts as uint32 arrays.
+
+    raises  InvalidInput for a wrong shape, an empty prompt or impossible ids
+    """
+    ids = torch.as_tensor(input_ids)
+    if ids.dim() == 1:
+        ids = ids[None]
+    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0 or ids.is_floating_point():
+        raise InvalidInput(
+            f"input_ids: shape {tuple(ids.shape)}, {ids.dtype}; expected (batch, tokens) or (tokens,) of integers, not empty"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) > 0xFFFF_FFFF:
+        raise InvalidInput(f"input_ids: ids {int(ids.min())}..{int(ids.max())}, expected 0..{0xFFFF_FFFF}")
+    return list(ids.cpu().numpy().astype("<u4"))
+
+
+def _cut(match: Match, tokens: int) -> Found:
+    """The first `tokens` tokens of a match."""
+    spans, position = [], 0
+    for span in match.spans:
+        length = min(span.stop - span.start, tokens - position)
+        if length > 0:
+            spans.append(type(span)(segment=span.segment, start=span.start, stop=span.start + length))
+            position += length
+    return Found(tokens, tuple(spans))
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _windows(config: Any) -> dict[int, int]:
+    """Sliding window of each layer that has one.
+
+    raises  Unsupported for layers that are neither full nor sliding-window attention
+    """
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise Unsupported(
+            f"attach: layers of type {', '.join(sorted(kinds))}, expected full or sliding-window attention only; recurrent, "
+            "linear and chunked layers are not supported yet"
+        )
+    windows: dict[int, int] = {}
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            windows[index] = int(layer.sliding_window)
+        elif type(layer) is not DynamicLayer:
+            raise Unsupported(
+                f"attach: layer {index} keeps a {type(layer).__name__}, expected full or sliding-window attention; "
+                "this model is not supported yet"
+            )
+    return windows
+
+
+def _geometry(model: nn.Module, config: Any, db: KVDB) -> Geometry:
+    """KV geometry from the config; layers check what they get against it.
+
+    raises  Unsupported for mathematics this version would get wrong
+    """
+    name = config.model_type
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise Unsupported(f"attach: {name} is an encoder-decoder model, expected a decoder-only one")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise Unsupported(f"attach: {name} uses latent attention (kv_lora_rank), expected plain keys and values")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise Unsupported(f"attach: {name} softcaps attention logits, expected plain softmax attention")
+    if not getattr(config, "is_causal", True):
+        raise Unsupported(f"attach: {name} is not causal, expected a causal language model")
+    for kind in _rope_types(config):
+        if kind not in _SAME_ALWAYS:
+            raise Unsupported(
+                f"attach: {name} uses RoPE of type {kind!r}, whose keys depend on the final length, expected one of {_SAME_ALWAYS}"
+            )
+    dtype = dtype_name(_dtype(model))
+    if dtype not in STORAGE_DTYPES:
+        raise Unsupported(f"attach: {name} computes in {dtype}, expected one of {sorted(STORAGE_DTYPES)}")
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layers = tuple(range(len(DynamicCache(config=config).layers)))
+    group = LayerGroup(layers=layers, kv_heads=kv_heads, head_dim=head_dim)
+    return Geometry(dtype=dtype, chunk_tokens=db.header.chunk_tokens, groups=(group,))
+
+
+def _rope_types(config: Any) -> set[str]:
+    """RoPE types anywhere in the config: one for all layers, or one per layer type."""
+    found: set[str] = set()
+    for field in ("rope_parameters", "rope_scaling"):
+        value = getattr(config, field, None)
+        for entry in [value, *value.values()] if isinstance(value, dict) else []:
+            if isinstance(entry, dict) and (kind := entry.get("rope_type") or entry.get("type")):
+                found.add(kind)
+    return found

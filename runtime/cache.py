@@ -1,0 +1,258 @@
+"""The cache handed to `generate`: one sequence per row, stored part by part, with the newest tokens in memory.
+
+A forward pass is one step: `begin_step` checks that its tokens are the ones that come next and decides whether attention
+may select; `end_step` takes the tokens over and commits segments that are full. A step that fails half-way leaves layers of
+different lengths, so the cache refuses any further step; what was committed before stays in the store.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvdb.catalog import Found
+from kvdb.errors import InvalidInput, ReadOnly, Unsupported
+from kvdb.geometry import Geometry
+from kvdb.identity import Identity
+from kvdb.runtime.history import History
+from kvdb.runtime.layers import FullLayer, SlidingLayer
+from kvdb.runtime.metrics import Metrics
+from kvdb.runtime.selection import DENSE_BELOW, Budget, Forced, Selector
+from kvdb.runtime.staging import Staging
+from kvdb.store import KVDB
+
+MASS_EVERY = 16
+"""Covered mass is estimated on every so many-th selecting step."""
+
+
+class KVDBCache(Cache):  # type: ignore[misc]
+    """Keys and values of one generation over a store. Made by `Attachment.cache` and `Attachment.load`.
+
+    Works with `model.generate(input_ids, past_key_values=cache)` and with plain forward passes while its model is attached.
+    Batches are prompts of equal length.
+    """
+
+    def __init__(
+        self,
+        db: KVDB,
+        identity: Identity,
+        geometry: Geometry,
+        windows: dict[int, int],
+        *,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        budget: Budget | None,
+        selector: Selector,
+        model_label: str,
+    ) -> None:
+        """windows: sliding window of each layer that has one. budget: None attends to everything."""
+        self.db, self.identity, self.geometry, self.dtype = db, identity, geometry, dtype
+        self.budget, self.selector = budget, selector
+        self.metrics = Metrics()
+        self.forced = Forced.of(geometry.chunk_tokens)
+        self.writes = not db.readonly
+        self.expected_tokens = 0
+        self.prefilling = False
+        self.take: int | None = None
+        self.sampling = False
+        self._reader = db.reader()
+        self._staging = Staging(dtype, device)
+        self.rows = [
+            History(db, identity, geometry, self._reader, self._staging, model_label) for _ in range(batch)
+        ]
+        self._active = False
+        self._broken: str | None = None
+        self._selecting_steps = 0
+        self._bytes_before = 0
+        self._coming: list[list[int]] = []
+        super().__init__(
+            layers=[
+                SlidingLayer(self, layer, windows[layer]) if layer in windows else FullLayer(self, layer)
+                for layer in geometry.layers
+            ]
+        )
+        self._full_layers = [layer for layer in self.layers if isinstance(layer, FullLayer)]
+        self._full_token_bytes = sum(
+            2 * layer.stored.group.kv_heads * layer.stored.group.head_dim * dtype.itemsize for layer in self._full_layers
+        )
+
+    # -- what it holds
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Token ids of every row that have been computed."""
+        return [row.tokens for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens this layer holds; inside a step, later layers still lack the newest ones."""
+        return int(self.layers[layer_idx].get_seq_length())
+
+    @property
+    def length(self) -> int:
+        """Tokens computed by whole steps."""
+        return len(self.rows[0].tokens)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of this cache so far (see Metrics) and what the store holds of it, JSON-safe."""
+        self.metrics.abstract_bytes_resident = sum(row.resident_bytes for row in self.rows)
+        return {**self.metrics.as_dict(), "kv_bytes_stored": sum(row.stored_bytes() for row in self.rows)}
+
+    # -- restoring
+
+    def restore(self, found: list[Found]) -> None:
+        """Take over a stored prefix per row; all of the same length.
+
+        raises  Damaged when a file is missing or short
+        """
+        tokens = found[0].tokens
+        for row, (_, spans) in zip(self.rows, found, strict=True):
+            row.restore(spans, self.db.tokens(spans))
+        grid = self.geometry.grid_floor(tokens)
+        for layer in self.layers:
+            stored = layer.stored
+            if tokens > grid and (self.writes or isinstance(layer, FullLayer)):
+                started = [row.last_tokens(stored.index, grid, tokens) for row in self.rows]
+                stored.tail.append(torch.stack([k for k, _ in started]), torch.stack([v for _, v in started]))
+            if isinstance(layer, SlidingLayer) and tokens:
+                start = max(0, tokens - layer.sliding_window + 1)
+                window = [row.last_tokens(stored.index, start, tokens) for row in self.rows]
+                layer.restore_window(
+                    torch.stack([k for k, _ in window]), torch.stack([v for _, v in window]), tokens
+                )
+        self.metrics.restore_bytes_read = self._reader.bytes_read
+        self.metrics.reused_tokens = tokens
+
+    # -- steps
+
+    def begin_step(self, input_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+        """Check what a forward pass is about to compute.
+
+        raises  InvalidInput or Unsupported before anything has changed
+        """
+        if self._broken is not None:
+            raise InvalidInput(f"KVDB cache: {self._broken}, expected a whole one; make a new cache")
+        if input_ids is None or input_ids.dim() != 2:
+            raise Unsupported(
+                "KVDB cache: no input_ids of shape (batch, tokens), expected them; inputs_embeds cannot be stored"
+            )
+        batch, queries = input_ids.shape
+        if batch != len(self.rows) or queries == 0:
+            raise InvalidInput(f"KVDB cache: input_ids {tuple(input_ids.shape)}, expected ({len(self.rows)}, tokens > 0)")
+        if attention_mask is not None and (attention_mask.dim() != 2 or not bool(attention_mask.all())):
+            raise Unsupported(
+                "KVDB cache: attention_mask is not all ones, expected prompts of equal length without padding; "
+                "batch prompts of one length, or run them one by one"
+            )
+        length = self.length
+        if position_ids is not None:
+            expected = torch.arange(length, length + queries, device=position_ids.device)
+            if position_ids.shape[-1] != queries or not bool((position_ids == expected).all()):
+                at = position_ids.reshape(-1, position_ids.shape[-1])[0]
+                raise InvalidInput(
+                    f"KVDB cache: positions {int(at[0])}..{int(at[-1])} were passed, but the cache holds {length} tokens, "
+                    f"expected {length}..{length + queries - 1}; the prompt must be longer than the cache and begin with "
+                    "its tokens"
+                )
+        self._coming = input_ids.tolist()
+        self._active = True
+        self._broken = "an earlier forward pass failed half-way"
+        self._bytes_before = self._reader.bytes_read
+        self._choose(queries)
+
+    def _choose(self, queries: int) -> None:
+        """Selection is decided once per step, so that all its layers agree on the fidelity of the new tokens."""
+        ct = self.geometry.chunk_tokens
+        self.take, self.sampling = None, False
+        chunks = self.rows[0].sealed_chunks
+        if self.budget is None or self.prefilling or queries != 1 or not self._full_layers or chunks * ct < DENSE_BELOW:
+            return
+        take = self.budget.chunks(chunks, ct)
+        if take >= chunks:
+            return
+        self.take = take
+        self.sampling = self._selecting_steps % MASS_EVERY == 0
+        self._selecting_steps += 1
+        for row in self.rows:
+            row.mark_approximate(self.length, self.budget.fidelity)
+
+    def expect_active(self) -> None:
+        """Layers are only updated inside a step.
+
+        raises  Unsupported when the model was run around the attachment
+        """
+        if not self._active:
+            raise Unsupported(
+                "KVDB cache: its layers were updated outside a forward pass of the attached model, expected the model given "
+                "to attach(); call that model itself, not a part or another one, and stay inside the 'with' block"
+            )
+
+    def end_step(self, *, failed: bool) -> None:
+        """Take over the step's tokens and commit what is full."""
+        if not self._active:
+            return
+        self._active = False
+        if failed:
+            return
+        for row, ids in zip(self.rows, self._coming, strict=True):
+            row.tokens.extend(ids)
+        read = self._reader.bytes_read - self._bytes_before
+        if self.prefilling or len(self._coming[0]) > 1:
+            self.metrics.prefill_bytes_read += read
+        else:
+            self.metrics.decode_tokens += 1
+            self.metrics.decode_bytes_read += read
+            self.metrics.decode_bytes_full += len(self.rows) * self.length * self._full_token_bytes
+        for row in self.rows:
+            row.commit_full()
+        self._broken = None
+
+    def note_resident(self) -> None:
+        tails = sum(layer.stored.tail.nbytes for layer in self.layers)
+        self.metrics.resident(tails, self._staging.nbytes)
+
+    def note_mass(self, mass: Tensor) -> None:
+        self.metrics.mass_sum += float(mass)
+        self.metrics.mass_samples += 1
+
+    # -- storing
+
+    def seal(self) -> None:
+        """Store every token computed so far; the tails keep only the started chunk.
+
+        raises  ReadOnly in mode "r"; StorageFull
+        """
+        if not self.writes:
+            raise ReadOnly(f"{self.db.path}: opened with mode 'r', expected a writable store; open it with 'r+' or 'a'")
+        if self._broken is not None:
+            raise InvalidInput(f"KVDB cache: {self._broken}, expected a whole one; make a new cache")
+        while self.rows[0].stored_tokens < self.length:
+            for layer in self.layers:
+                layer.stored.flush(everything=True)
+            for row in self.rows:
+                row.commit()
+
+    def salvage(self) -> None:
+        """After an interrupted prefill: commit the whole blocks that every layer has written, drop the rest."""
+        self._broken = self._broken or "its prefill was interrupted"
+        for row in self.rows:
+            row.commit()
+
+    def discard(self) -> None:
+        """Drop what is in flight; the cache is of no further use."""
+        self._broken = self._broken or "it was discarded"
+        for row in self.rows:
+            row.discard()
+
+    def close(self) -> None:
+        """Release threads, maps and files. Closing twice is fine."""
+        self._broken = "it is closed"
+        for row in self.rows:
+            row.close()
+        self._reader.close()

@@ -1,0 +1,296 @@
+"""The stored part of one sequence, while a generation runs: what is sealed, what is being written, how to read both.
+
+A history is a run of whole chunks: chunk k holds positions [16k, 16k + 16). The tokens after the last whole chunk are the
+business of the layers' tails. New chunks stream into a segment in flight; when it is full it is committed and becomes one
+more sealed part. Without a writable store nothing is ever appended and the tails hold everything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvdb.catalog import Span
+from kvdb.errors import Damaged
+from kvdb.geometry import SEGMENT_TOKENS, Geometry
+from kvdb.identity import EXACT, Identity
+from kvdb.reader import Reader
+from kvdb.runtime.selection import Selector
+from kvdb.runtime.staging import Array, Staging, storage_view
+from kvdb.runtime.streaming import WriteBehind
+from kvdb.segments import Segment, SegmentWriter
+from kvdb.store import KVDB
+
+FLUSH_TOKENS = 1024
+"""A tail that long moves to disk."""
+
+
+class Part(NamedTuple):
+    """Chunks [first, first + chunks) of the sequence, stored as the leading chunks of a segment."""
+
+    segment: Segment
+    first: int
+    chunks: int
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.chunks
+
+
+class History:
+    """Stored chunks of one row of a batch.
+
+    tokens            ids of every token computed so far, tail included; the cache appends to it
+    approximate_from  position from which KV is not exact (None: all of it is)
+    """
+
+    def __init__(
+        self, db: KVDB, identity: Identity, geometry: Geometry, reader: Reader, staging: Staging, model_label: str
+    ) -> None:
+        self.db, self.identity, self.geometry = db, identity, geometry
+        self.model_label = model_label
+        self.tokens: list[int] = []
+        self.approximate_from: int | None = None
+        self.approximation = EXACT
+        self._reader, self._staging = reader, staging
+        self._behind = WriteBehind()
+        self._sealed: list[Part] = []
+        self._last: Segment | None = None  # holds the last stored token; may hold no whole chunk of this sequence
+        self.stored_tokens = 0
+        self._writer: SegmentWriter | None = None
+        self._submitted: dict[int, int] = {}  # layer -> tokens handed to the writer
+        self._resident: dict[int, Tensor] = {}  # layer -> abstract in the selector's form
+        self._recorded: str | None = None  # key under which this sequence was last recorded, unnamed
+
+    # -- state
+
+    @property
+    def sealed_chunks(self) -> int:
+        return self._sealed[-1].stop if self._sealed else 0
+
+    def chunks(self, layer: int) -> int:
+        """Whole chunks of this layer that `read` can deliver."""
+        return self.sealed_chunks + self._submitted.get(layer, 0) // self.geometry.chunk_tokens
+
+    def stored_bytes(self) -> int:
+        """KV bytes of the sequence on disk."""
+        return self.stored_tokens * self.geometry.token_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(t.nbytes for t in self._resident.values())
+
+    # -- restoring
+
+    def restore(self, spans: tuple[Span, ...], tokens: Array) -> None:
+        """Take over a stored prefix. The started chunk at its end, if any, is left to `started_chunk`.
+
+        raises  Damaged when a file is missing or short, naming the sequences concerned
+        """
+        for span, segment in zip(spans, self.db.segments(spans), strict=True):
+            self._open(segment)
+            self._take(segment, segment.info.start + span.stop)
+            if segment.info.fidelity != EXACT:
+                self.mark_approximate(segment.info.start, segment.info.fidelity)
+        self.tokens = tokens.tolist()
+
+    def _take(self, segment: Segment, stop: int) -> None:
+        """Positions up to `stop` are stored now, the last of them in `segment`."""
+        ct = self.geometry.chunk_tokens
+        first = segment.info.start // ct
+        if stop // ct > first:
+            self._sealed.append(Part(segment, first, stop // ct - first))
+        self._last, self.stored_tokens = segment, stop
+
+    def _open(self, segment: Segment) -> None:
+        try:
+            self._reader.open(segment)
+        except Damaged as e:
+            names = [
+                s.name or s.key for s in self.db.sequences() if any(p.segment == segment.info.segment for p in s.spans)
+            ]
+            raise Damaged(f"sequence {', '.join(names) or '?'}: {e}") from e
+
+    def last_tokens(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """K and V of positions [start, stop) of one layer, each (kv_heads, tokens, head_dim): a copy.
+
+        `stop` may lie inside the chunk after the last whole one, if the last segment holds it.
+        """
+        ct = self.geometry.chunk_tokens
+        first, last = start // ct, self.geometry.chunks(stop)
+        parts = list(self._sealed)
+        if last > self.sealed_chunks and self._last is not None:
+            parts.append(Part(self._last, self._last.info.start // ct, last - self._last.info.start // ct))
+        k, v = self._read_run(parts, layer, first, last)
+        return k[:, start - first * ct : stop - first * ct].clone(), v[:, start - first * ct : stop - first * ct].clone()
+
+    # -- reading
+
+    def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """K and V of chunks [start, stop), each (kv_heads, tokens, head_dim). Valid until the next read."""
+        self._behind.wait(layer)
+        return self._read_run(self._parts(layer), layer, start, stop)
+
+    def select(self, layer: int, chunks: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of chosen chunks per KV head: chunks (kv_heads, n) -> (kv_heads, n * chunk_tokens, head_dim) twice."""
+        self._behind.wait(layer)
+        return self._gather(self._parts(layer), layer, chunks.cpu().numpy())
+
+    def _parts(self, layer: int) -> list[Part]:
+        if self._writer is None or not self._submitted.get(layer):
+            return self._sealed
+        flying = Part(self._writer.segment, self.sealed_chunks, self._submitted[layer] // self.geometry.chunk_tokens)
+        return [*self._sealed, flying]
+
+    def _read_run(self, parts: list[Part], layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        heads = self.geometry.groups[self.geometry.locate(layer)[0]].kv_heads
+        return self._gather(parts, layer, np.broadcast_to(np.arange(start, stop), (heads, stop - start)))
+
+    def _gather(self, parts: list[Part], layer: int, chunks: Array) -> tuple[Tensor, Tensor]:
+        group = self.geometry.groups[self.geometry.locate(layer)[0]]
+        heads, n = chunks.shape
+        ct, dim = self.geometry.chunk_tokens, group.head_dim
+        head = np.arange(heads)[:, None]
+
+        def fill(out: Array) -> None:
+            for part in parts:
+                inside = (chunks >= part.first) & (chunks < part.stop)
+                records = (chunks - part.first) * heads + head
+                if inside.all():
+                    self._reader.read(part.segment, layer, records.ravel(), out)
+                    return
+                columns = np.flatnonzero(inside)
+                if len(columns):
+                    some = np.empty((2, len(columns), ct, dim), out.dtype)
+                    self._reader.read(part.segment, layer, records.ravel()[columns], some)
+                    out[:, columns] = some
+
+        both = self._staging.read_into((2, heads * n, ct, dim), fill)
+        k, v = both.view(2, heads, n * ct, dim)
+        return k, v
+
+    def resident(self, layer: int, selector: Selector) -> Tensor:
+        """The abstract of every whole chunk of a layer, in the selector's form; loaded once, extended as chunks come."""
+        chunks = self.chunks(layer)
+        have = self._resident.get(layer)
+        done = 0 if have is None else have.shape[-1]
+        if have is None or done < chunks:
+            self._behind.wait(layer)
+            fresh = []
+            for part in self._parts(layer):
+                if part.stop > done:
+                    abstract = self._reader.abstract(part.segment, selector.abstract, layer)
+                    fresh.append(torch.from_numpy(abstract[max(0, done - part.first) : part.chunks].copy()))
+            made = selector.prepare(torch.cat(fresh).to(self._staging.device))
+            have = made if have is None else torch.cat((have, made), -1)
+            self._resident[layer] = have
+        return have
+
+    # -- writing
+
+    def mark_approximate(self, position: int, fidelity: str) -> None:
+        """From this position on, KV was computed after an approximate attention."""
+        if self.approximate_from is None:
+            self.approximate_from, self.approximation = position, fidelity
+
+    def room(self, layer: int, tokens: int, expected_tokens: int) -> int:
+        """How many of the next `tokens` tokens of a layer may be appended now; opens a segment if none is in flight.
+
+        expected_tokens  what is likely to come in all, to reserve space for
+        returns          0 when the segment in flight is full or of another fidelity: commit it first
+        """
+        ct = self.geometry.chunk_tokens
+        start = self.sealed_chunks * ct + self._submitted.get(layer, 0)
+        extent, fidelity = self._extent(start, tokens)
+        if self._writer is None:
+            reserve = max(extent, expected_tokens) if extent == tokens else extent
+            self._begin(start, min(self.geometry.chunks(reserve), SEGMENT_TOKENS // ct), fidelity)
+        assert self._writer is not None
+        if fidelity != self._writer.info.fidelity:
+            return 0
+        return min(extent, self._writer.capacity_tokens - self._submitted[layer])
+
+    def _extent(self, start: int, tokens: int) -> tuple[int, str]:
+        """Tokens from `start` that one fidelity covers, in whole chunks unless all of them, and that fidelity."""
+        if self.approximate_from is None or start + tokens <= self.approximate_from:
+            return tokens, EXACT
+        exact = self.geometry.grid_floor(max(0, self.approximate_from - start))
+        return (exact, EXACT) if exact else (tokens, self.approximation)
+
+    def _begin(self, start: int, capacity: int, fidelity: str) -> None:
+        self._writer = self.db.writer(
+            identity=self.identity,
+            fidelity=fidelity,
+            geometry=self.geometry,
+            parent=self._sealed[-1].segment.info.segment if self._sealed else None,
+            start=start,
+            capacity=capacity,
+        )
+        self._submitted = dict.fromkeys(self.geometry.layers, 0)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Hand tokens of one layer to the segment in flight: (kv_heads, tokens, head_dim), never written to again."""
+        assert self._writer is not None
+        writer, keys, values = self._writer, storage_view(k.detach().cpu()), storage_view(v.detach().cpu())
+        self._submitted[layer] += keys.shape[1]
+        self._behind.submit(layer, lambda: writer.append(layer, keys, values))
+
+    def commit_full(self) -> None:
+        """Commit the segment in flight if every layer has filled it."""
+        if self._writer is not None and min(self._submitted.values()) == self._writer.capacity_tokens:
+            self.commit()
+
+    def commit(self) -> None:
+        """Commit what every layer has written to the segment in flight, if anything, and record the sequence."""
+        writer = self._writer
+        if writer is None:
+            return
+        try:
+            self._behind.wait()
+        except BaseException:
+            self.discard()
+            raise
+        start = writer.info.start
+        tokens = min(*writer.written.values(), len(self.tokens) - start)
+        self._writer, self._submitted = None, {}
+        if tokens <= 0:
+            self._reader.forget(writer.info.segment)
+            writer.discard()
+            return
+        ids = np.asarray(self.tokens, "<u4")
+        try:
+            segment = self.db.commit(writer, ids[start : start + tokens], ids[:start])
+        except BaseException:
+            self._reader.forget(writer.info.segment)
+            raise
+        self._take(segment, start + tokens)
+        self.record(None)
+
+    def record(self, name: str | None) -> str | None:
+        """Make the sequence that ends with the last segment known to the store, under a name or unnamed.
+
+        Its own unnamed beginnings are replaced. Returns its key, None when nothing is stored.
+        """
+        if self._last is None:
+            return None
+        key = self.db.put_sequence(
+            self.identity, self._last, self.stored_tokens, name=name, model=self.model_label, replaces=self._recorded
+        )
+        self._recorded = key if name is None else None
+        return key
+
+    def discard(self) -> None:
+        """Drop the segment in flight; what is committed stays."""
+        writer, self._writer, self._submitted = self._writer, None, {}
+        self._behind.abandon()
+        if writer is not None:
+            self._reader.forget(writer.info.segment)
+            writer.discard()
+
+    def close(self) -> None:
+        self.discard()
+        self._behind.close()
+

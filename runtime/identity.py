@@ -1,0 +1,71 @@
+"""What identifies a model's KV: a digest of its weights, and the config fields that change the mathematics.
+
+The weights digest covers names, shapes, dtypes and the bytes of every parameter and buffer, active adapters included
+(they are parameters). It is kept per model and taken again when any of them was replaced or written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from typing import Any, Final
+
+import torch
+import xxhash
+from torch import nn
+
+from kvdb.identity import Identity
+
+IRRELEVANT_FIELDS: Final = frozenset({
+    "_name_or_path", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype", "use_cache",
+    "return_dict", "output_attentions", "output_hidden_states", "problem_type", "id2label", "label2id", "num_labels",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class",
+    "prefix", "task_specific_params", "is_llama_config", "rope_interleaved", "initializer_range", "initializer_factor",
+    "pretraining_tp", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "classifier_dropout", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "chunk_size_feed_forward", "max_length", "min_length", "quantization_config",
+    "_attn_implementation", "_attn_implementation_internal", "transformers.js_config",
+})  # fmt: skip
+"""Fields that leave KV as it is. Every other field counts: an unknown one costs a miss, never a wrong reuse."""
+
+_DIGESTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
+
+
+def model_identity(model: nn.Module, *, kv_dtype: torch.dtype, salt: str = "") -> Identity:
+    """Identity of the KV this model computes. Runs at memory speed; cheap when nothing changed since the last call."""
+    config = {
+        name: json.dumps(value, sort_keys=True, default=str)
+        for name, value in text_config(model).to_dict().items()
+        if name not in IRRELEVANT_FIELDS and value is not None
+    }
+    return Identity(weights=weights_digest(model), config=config, dtype=dtype_name(kv_dtype), salt=salt)
+
+
+def text_config(model: nn.Module) -> Any:
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hex SHA-256 over name, shape, dtype and xxh3-128 of the bytes of every parameter and buffer, in name order."""
+    tensors = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
+    state = tuple((name, t.data_ptr(), _version(t), tuple(t.shape), t.dtype) for name, t in tensors)
+    known = _DIGESTS.get(model)
+    if known is not None and known[0] == state:
+        return known[1]
+    h = hashlib.sha256(b"kvdb weights 1\0")
+    for name, tensor in tensors:
+        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        h.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        h.update(xxhash.xxh3_128_digest(data))
+    _DIGESTS[model] = (state, h.hexdigest())
+    return h.hexdigest()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """In-place writes so far; tensors made in inference mode do not count them."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,276 @@
+"""Cache layers for transformers: where a layer's newest tokens wait, and how its attention reads the stored ones.
+
+transformers calls `update(k, v)` and then its attention function with whatever `update` returned. Full-attention layers
+return an opaque `Handle`: only KVDB's attention function can use it, every other one fails loudly instead of computing
+with something else. Sliding-window layers stay what they are in transformers and only keep what must be stored.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvdb.errors import Unsupported
+from kvdb.runtime.history import FLUSH_TOKENS, History
+from kvdb.runtime.selection import covered_mass, plan
+from kvdb.runtime.tiles import Partial, attend, merge
+
+if TYPE_CHECKING:
+    from kvdb.runtime.cache import KVDBCache
+
+TILE_TOKENS = 1024
+"""Dense attention reads stored chunks in runs of this many tokens."""
+_FIRST_CAPACITY = 64
+
+
+class Tail:
+    """Newest tokens of one layer, in memory: (batch, kv_heads, tokens, head_dim), K and V."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._k = self._v = torch.empty(0)
+
+    @property
+    def k(self) -> Tensor:
+        return self._k[:, :, : self.length]
+
+    @property
+    def v(self) -> Tensor:
+        return self._v[:, :, : self.length]
+
+    @property
+    def nbytes(self) -> int:
+        return self._k.nbytes + self._v.nbytes
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        stop = self.length + k.shape[2]
+        if self.length == 0 and k.shape[2] >= FLUSH_TOKENS:
+            self._k, self._v = k, v  # a whole block, on its way to disk: no copy
+        else:
+            if self._k.dim() != 4 or stop > self._k.shape[2]:
+                shape = (*k.shape[:2], max(stop, 2 * self.length, _FIRST_CAPACITY), k.shape[3])
+                old_k, old_v = self.k if self.length else None, self.v if self.length else None
+                self._k, self._v = k.new_empty(shape), v.new_empty(shape)
+                if old_k is not None and old_v is not None:
+                    self._k[:, :, : self.length] = old_k
+                    self._v[:, :, : self.length] = old_v
+            self._k[:, :, self.length : stop] = k
+            self._v[:, :, self.length : stop] = v
+        self.length = stop
+
+    def drop(self, tokens: int) -> None:
+        """Forget the oldest tokens. Tensors handed out before stay intact: what remains moves to new memory."""
+        k, v = self.k[:, :, tokens:].clone(), self.v[:, :, tokens:].clone()
+        self._k = self._v = torch.empty(0)
+        self.length = 0
+        if k.shape[2]:
+            self.append(k, v)
+
+
+class Handle:
+    """Stands for all keys (or values) of a layer. Whatever touches it, except KVDB's attention, gets an error."""
+
+    __slots__ = ("_layer",)
+
+    def __init__(self, layer: FullLayer) -> None:
+        object.__setattr__(self, "_layer", layer)
+
+    def layer(self) -> FullLayer:
+        found: FullLayer = object.__getattribute__(self, "_layer")
+        return found
+
+    @staticmethod
+    def _refuse(what: str) -> NoReturn:
+        raise Unsupported(
+            f"attention: {what} was used on keys or values that live in a KVDB store, expected KVDB's attention function; "
+            "generate inside 'with attach(model, db)', and with a model that hands keys and values to it untouched"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        self._refuse(f"attribute {name!r}")
+
+    def __getitem__(self, key: object) -> Any:
+        self._refuse("indexing")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        cls._refuse(f"torch function {getattr(func, '__name__', func)!r}")
+
+
+class _Stored:
+    """What both kinds of layers share: a tail, and the way from it to the histories."""
+
+    def __init__(self, cache: KVDBCache, index: int) -> None:
+        self.cache, self.index = cache, index
+        self.tail = Tail()
+        self.group = cache.geometry.groups[cache.geometry.locate(index)[0]]
+
+    def accept(self, k: Tensor, v: Tensor) -> None:
+        """Check and keep new tokens.
+
+        raises  Unsupported when a layer's keys and values are not what the config promised
+        """
+        batch, heads, _, dim = k.shape
+        expected = (len(self.cache.rows), self.group.kv_heads, self.group.head_dim)
+        if (batch, heads, dim) != expected or v.shape != k.shape or k.dtype != self.cache.dtype:
+            raise Unsupported(
+                f"layer {self.index}: keys {tuple(k.shape)} {k.dtype}, values {tuple(v.shape)}, expected "
+                f"(batch, kv_heads, tokens, head_dim) = ({expected[0]}, {expected[1]}, *, {expected[2]}) {self.cache.dtype} "
+                "twice; layers whose keys and values differ in shape are not supported yet"
+            )
+        self.tail.append(k, v)
+
+    def flush(self, *, everything: bool = False) -> bool:
+        """Move tail tokens to the histories: whole chunks once there are enough, or everything.
+
+        returns  True when nothing is left to move
+        """
+        tokens = self.tail.length if everything else self.cache.geometry.grid_floor(self.tail.length)
+        if tokens < (1 if everything else FLUSH_TOKENS):
+            return True
+        n = min(row.room(self.index, tokens, self.cache.expected_tokens) for row in self.cache.rows)
+        if n:
+            for row, k, v in zip(self.cache.rows, self.tail.k, self.tail.v, strict=True):
+                row.append(self.index, k[:, :n], v[:, :n])
+            self.tail.drop(self.cache.geometry.grid_floor(n) if everything and n == tokens else n)
+        return n == tokens
+
+
+class _FixedShape:
+    """Refuses what would reorder, repeat or shorten stored sequences."""
+
+    is_croppable = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            self._refuse("crop (assisted or prompt-lookup decoding)")
+
+    def reset(self) -> None:
+        self._refuse("reset")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._refuse("reorder_cache (beam search)")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if repeats != 1:
+            self._refuse("batch_repeat_interleave (beam search or num_return_sequences)")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._refuse("batch_select_indices (contrastive search)")
+
+    @staticmethod
+    def _refuse(what: str) -> NoReturn:
+        raise Unsupported(
+            f"KVDB cache: {what} was asked for, expected plain greedy or sampled generation of one sequence per prompt; "
+            "use a cache of transformers for it"
+        )
+
+
+class FullLayer(_FixedShape, DynamicLayer):  # type: ignore[misc]
+    """A full-attention layer whose keys and values live in a store."""
+
+    def __init__(self, cache: KVDBCache, index: int) -> None:
+        super().__init__()
+        self.stored = _Stored(cache, index)
+        self.is_initialized = True
+        self._handle = Handle(self)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.stored.cache.expect_active()
+        self.stored.accept(key_states, value_states)
+        return self._handle, self._handle
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        stored = self.stored
+        return stored.cache.rows[0].chunks(stored.index) * stored.cache.geometry.chunk_tokens + stored.tail.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        """Attention of the newest tokens' queries over everything up to themselves.
+
+        query    (batch, heads, queries, head_dim), the queries of the tokens `update` just took
+        returns  (batch, heads, queries, head_dim)
+        """
+        stored, cache = self.stored, self.stored.cache
+        batch, heads, queries, dim = query.shape
+        kv_heads = stored.group.kv_heads
+        q = query.reshape(batch, kv_heads, heads // kv_heads, queries, dim)
+        out = [self._attend_row(row, b, q[b], scale) for b, row in enumerate(cache.rows)]
+        cache.note_resident()
+        if cache.writes:
+            stored.flush()
+        return torch.stack(out).view(batch, heads, queries, dim)
+
+    def _attend_row(self, row: History, b: int, q: Tensor, scale: float) -> Tensor:
+        tail, queries = self.stored.tail, q.shape[2]
+        parts: list[Partial] = []
+        k, v = tail.k[b], tail.v[b]
+        before = tail.length - queries
+        if queries == 1:
+            parts.append(attend(q, k, v, scale=scale))
+        else:
+            parts.append(attend(q, k[:, before:], v[:, before:], scale=scale, causal=True))
+            if before:
+                parts.append(attend(q, k[:, :before], v[:, :before], scale=scale))
+        chunks = row.chunks(self.stored.index)
+        take = self.stored.cache.take
+        if take is not None and chunks:
+            return self._attend_selected(row, q, scale, parts, take)
+        step = TILE_TOKENS // self.stored.cache.geometry.chunk_tokens
+        whole = merge(parts)
+        for start in range(0, chunks, step):
+            tile_k, tile_v = row.read(self.stored.index, start, min(start + step, chunks))
+            whole = merge([whole, attend(q, tile_k, tile_v, scale=scale)])
+        return whole.out
+
+    def _attend_selected(self, row: History, q: Tensor, scale: float, parts: list[Partial], take: int) -> Tensor:
+        cache, index = self.stored.cache, self.stored.index
+        resident = row.resident(index, cache.selector)
+        query = (q[:, :, 0] * scale).float()
+        scores = cache.selector.score(query, resident)
+        chosen = plan(scores, take, cache.forced)
+        k, v = row.select(index, chosen.chunks)
+        whole = merge([*parts, attend(q, k, v, scale=scale)])
+        if cache.sampling:
+            ct = cache.geometry.chunk_tokens
+            logits = torch.bmm(query, k.float().transpose(1, 2))  # [kv_heads, group, n * chunk_tokens]
+            record_lse = torch.logsumexp(logits.unflatten(-1, (-1, ct)), -1)
+            cache.note_mass(covered_mass(scores, chosen, record_lse, whole.lse[..., 0], ct))
+        return whole.out
+
+    def offload(self) -> None:
+        """Nothing to do: stored KV is on disk already."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: attention reads what it needs."""
+
+
+class SlidingLayer(_FixedShape, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """A sliding-window layer: transformers' own while generating; every token is also stored, for later reuse."""
+
+    def __init__(self, cache: KVDBCache, index: int, sliding_window: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.stored = _Stored(cache, index)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        cache = self.stored.cache
+        cache.expect_active()
+        if cache.writes:
+            self.stored.accept(key_states.contiguous(), value_states.contiguous())
+            self.stored.flush()
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = self.keys.clone(), self.values.clone()  # a view would keep the whole block alive
+        return keys, values
+
+    def restore_window(self, keys: Tensor, values: Tensor, total_tokens: int) -> None:
+        """Take the last tokens before position `total_tokens` as this layer's window: (batch, kv_heads, tokens, dim)."""
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self.cumulative_length = total_tokens

@@ -1,0 +1,55 @@
+"""What a generation cost: bytes and seconds, counted where they happen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Counters of one cache, all rows together. Bytes are KV bytes requested from segments, abstracts not included.
+
+    mass_sum, mass_samples  covered attention mass, estimated on sampled steps (see selection)
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    restore_seconds: float = 0.0
+    restore_bytes_read: int = 0
+    prefill_bytes_read: int = 0
+    decode_tokens: int = 0
+    decode_bytes_read: int = 0
+    decode_bytes_full: int = 0
+    abstract_bytes_resident: int = 0
+    kv_bytes_resident_peak: int = 0
+    mass_sum: float = 0.0
+    mass_samples: int = 0
+
+    def resident(self, tail_bytes: int, staging_bytes: int) -> None:
+        self.kv_bytes_resident_peak = max(self.kv_bytes_resident_peak, tail_bytes + staging_bytes)
+
+    @property
+    def mass_covered_estimate(self) -> float:
+        """1.0 where every token was attended to."""
+        return self.mass_sum / self.mass_samples if self.mass_samples else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe; the names of the command line's `--json`."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "prefill_tokens": self.prefill_tokens,
+            "prefill_seconds": self.prefill_seconds,
+            "restore_seconds": self.restore_seconds,
+            "restore_bytes_read": self.restore_bytes_read,
+            "prefill_bytes_read": self.prefill_bytes_read,
+            "decode_tokens": self.decode_tokens,
+            "kv_bytes_read": self.decode_bytes_read,
+            "kv_bytes_read_share": self.decode_bytes_read / self.decode_bytes_full if self.decode_bytes_full else 0.0,
+            "abstract_bytes_resident": self.abstract_bytes_resident,
+            "kv_bytes_resident_peak": self.kv_bytes_resident_peak,
+            "mass_covered_estimate": self.mass_covered_estimate,
+        }

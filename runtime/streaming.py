@@ -1,0 +1,55 @@
+"""Write-behind: KV is encoded and written on one other thread while the next layer computes.
+
+Bounded: `submit` waits when `depth` writes are pending, so memory does not grow when the disk is slower than the model.
+An error of a write is raised at the next `submit` or `wait`, and nothing submitted after it is written.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class WriteBehind:
+    def __init__(self, depth: int = 4) -> None:
+        self._depth = depth
+        self._pending: deque[tuple[int, Future[None]]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvdb-write")
+        self._failed: BaseException | None = None
+
+    def submit(self, layer: int, write: Callable[[], None]) -> None:
+        """Queue a write of one layer; writes happen in the order of submission."""
+        while len(self._pending) >= self._depth:
+            self._finish_oldest()
+        self._pending.append((layer, self._pool.submit(self._guarded, write)))
+
+    def wait(self, layer: int | None = None) -> None:
+        """Return once all writes of `layer` (or of every layer) are done."""
+        while any(layer in (None, pending) for pending, _ in self._pending):
+            self._finish_oldest()
+
+    def abandon(self) -> None:
+        """Wait for the thread to come to rest; errors no longer matter."""
+        self._failed = self._failed or RuntimeError("abandoned")
+        for _, future in self._pending:
+            future.exception()
+        self._pending.clear()
+        self._failed = None
+
+    def close(self) -> None:
+        self.abandon()
+        self._pool.shutdown()
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        if self._failed is None:
+            try:
+                write()
+            except BaseException as e:
+                self._failed = e
+                raise
+
+    def _finish_oldest(self) -> None:
+        self._pending.popleft()[1].result()
+        if self._failed is not None:
+            raise self._failed
