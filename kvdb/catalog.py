@@ -105,6 +105,11 @@ def _environment(path: Path, *, readonly: bool) -> _Environment:
     return env
 
 
+def is_open(path: Path) -> bool:
+    """True while any handle of this process has the catalog open."""
+    return any(key[0] == os.path.realpath(path) for key in _ENVIRONMENTS)
+
+
 @contextlib.contextmanager
 def _translated(path: Path) -> Iterator[None]:
     try:
@@ -325,7 +330,7 @@ def _node_value(info: SegmentInfo) -> bytes:
 
 def _name_key(name: str) -> bytes:
     """Names may be longer than LMDB keys and hold any characters: they are hashed, never used as paths."""
-    return xxhash.xxh3_128_digest(name.encode())
+    return xxhash.xxh3_128_digest(name.encode(errors="surrogatepass"))
 
 
 class Catalog:
@@ -341,7 +346,9 @@ class Catalog:
         if self._env is None:
             raise StoreError(f"{self.path}: the store is closed, expected an open one; open it again")
         if self._env.pid != os.getpid():
-            raise StoreError(f"{self.path}: opened in process {self._env.pid}, used in {os.getpid()}; open it again here")
+            raise StoreError(
+                f"{self.path}: opened in process {self._env.pid}, used in {os.getpid()}; open it again here"
+            )
         with _translated(self.path), self._env.env.begin(write=write) as txn:
             yield Transaction(self._env, txn)
 

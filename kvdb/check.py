@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import xxhash
 
 from kvdb import files, format
+from kvdb.abstracts import ABSTRACTS
 from kvdb.catalog import Catalog, Sequence, Transaction
 from kvdb.errors import Damaged, Problem
 from kvdb.format import SegmentInfo
-from kvdb.segments import abstract_bytes, layout, row_bytes
+from kvdb.identity import Identity
+from kvdb.segments import abstract_bytes, codec_of, layout, row_bytes
 
 
 def check_store(root: Path, catalog: Catalog) -> Iterator[Problem]:
@@ -36,13 +39,20 @@ def check_store(root: Path, catalog: Catalog) -> Iterator[Problem]:
                 infos[segment] = info
                 yield from _check_catalog_of(txn, info)
         yield from _check_sequences(txn, infos)
-        tokens = {segment: _tokens(txn, segment) for segment in infos}
-    for info in infos.values():
-        yield from _check_files(chunks, info, tokens[info.segment])
+        entries = [(info, _identity(txn, info.identity), _tokens(txn, info.segment)) for info in infos.values()]
+    for info, identity, tokens in entries:
+        yield from _check_files(chunks, info, identity, tokens)
     named = {array for info in infos.values() for array in info.array_names()} | {format.METADATA_KEY}
     for array in files.list_dir(chunks):
         if array not in named:
             yield Problem(f"array {array}", "orphan", "no catalog entry names it, expected none left over")
+
+
+def _identity(txn: Transaction, digest: str) -> Identity | None:
+    try:
+        return txn.identity(digest)
+    except Damaged:  # `_check_catalog_of` has said so
+        return None
 
 
 def _tokens(txn: Transaction, segment: str) -> bytes | None:
@@ -77,7 +87,11 @@ def _check_sequences(txn: Transaction, infos: dict[str, SegmentInfo]) -> Iterato
     for sequence in sequences:
         where = f"sequence {sequence.name or sequence.key}"
         yield from _check_spans(where, sequence, infos)
-        named = txn.named(sequence.name) if sequence.name is not None else sequence
+        try:
+            named = txn.named(sequence.name) if sequence.name is not None else sequence
+        except Damaged as e:
+            yield Problem(where, "damaged-entry", str(e))
+            continue
         if named is None or named.key != sequence.key:
             yield Problem(where, "name", f"name {sequence.name!r} leads elsewhere, expected this sequence")
 
@@ -99,7 +113,7 @@ def _check_spans(where: str, sequence: Sequence, infos: dict[str, SegmentInfo]) 
         yield Problem(where, "span", f"spans hold {position} tokens, expected {sequence.tokens}")
 
 
-def _check_files(chunks: Path, info: SegmentInfo, tokens: bytes | None) -> Iterator[Problem]:
+def _check_files(chunks: Path, info: SegmentInfo, identity: Identity | None, tokens: bytes | None) -> Iterator[Problem]:
     for group in range(len(info.geometry.groups)):
         array = format.kv_array(info.segment, group)
         where = f"segment {info.segment}, file {chunks / array / format.SHARD_KEY}"
@@ -109,7 +123,8 @@ def _check_files(chunks: Path, info: SegmentInfo, tokens: bytes | None) -> Itera
         except (OSError, Damaged) as e:
             yield Problem(where, "metadata", f"{e}, expected the array's metadata")
             continue
-        if attributes.info != info:
+        written = format.kv_metadata(info, identity or attributes.identity, group, codec_of(info), attributes.sections)
+        if msgspec.json.decode(data) != msgspec.json.decode(written):
             yield Problem(where, "metadata", "metadata and catalog differ, expected the same description")
         yield from _check_shard(chunks / array / format.SHARD_KEY, where, info, group, attributes.sections, tokens)
         for name in info.abstracts:
@@ -117,7 +132,7 @@ def _check_files(chunks: Path, info: SegmentInfo, tokens: bytes | None) -> Itera
 
 
 def _check_shard(
-    path: Path, where: str, info: SegmentInfo, group: int, sections: dict[str, list[object]], tokens: bytes | None
+    path: Path, where: str, info: SegmentInfo, group: int, sections: format.Sections, tokens: bytes | None
 ) -> Iterator[Problem]:
     place = layout(info, group)
     try:
@@ -136,12 +151,12 @@ def _check_shard(
             yield Problem(where, "index", "shard index differs, expected the one its geometry gives")
         count = len(g.layers) * info.capacity * g.kv_heads
         digest_bytes = files.pread(fd, 8 * count, place.digests_offset)
-        if xxhash.xxh3_64_hexdigest(digest_bytes) != sections["digests"][2]:
+        if sections.get("digests") != format.section(place.digests_offset, digest_bytes):
             yield Problem(where, "digests", "the digests themselves do not match their digest")
             return
         if group == 0:
             stored = files.pread(fd, 4 * info.tokens, place.tokens_offset)
-            if stored != tokens or xxhash.xxh3_64_hexdigest(stored) != sections["tokens"][2]:
+            if stored != tokens or sections.get("tokens") != format.section(place.tokens_offset, stored):
                 yield Problem(where, "tokens", "token ids in the file differ from the catalog's, expected the same")
         expected = np.frombuffer(digest_bytes, "<u8").reshape(len(g.layers), info.capacity * g.kv_heads)
         for layer_row, layer in enumerate(g.layers):
@@ -167,13 +182,21 @@ def _check_abstract(chunks: Path, info: SegmentInfo, group: int, name: str) -> I
     size = abstract_bytes(info, group, name)
     layers = info.geometry.groups[group].layers
     try:
-        digests = format.abstract_digests(files.read_file(folder / format.METADATA_KEY), where)
+        metadata = files.read_file(folder / format.METADATA_KEY)
+        digests = format.abstract_digests(metadata, where)
         data = files.read_file(folder / format.SHARD_KEY)
     except (OSError, Damaged) as e:
         yield Problem(where, "abstract", f"{e}, expected the {name} abstract")
         return
+    written = format.abstract_metadata(info, group, name, ABSTRACTS[name].parts, digests)
+    if msgspec.json.decode(metadata) != msgspec.json.decode(written):
+        yield Problem(
+            where, "metadata", "the abstract's metadata and the catalog differ, expected the same description"
+        )
     if len(data) != size * len(layers) or len(digests) != len(layers):
-        yield Problem(where, "size", f"{len(data)} bytes, {len(digests)} digests, expected {size} for {len(layers)} layers")
+        yield Problem(
+            where, "size", f"{len(data)} bytes, {len(digests)} digests, expected {size} for {len(layers)} layers"
+        )
         return
     for row, layer in enumerate(layers):
         if xxhash.xxh3_64_hexdigest(data[row * size : (row + 1) * size]) != digests[row]:

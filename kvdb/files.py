@@ -8,6 +8,7 @@ for that file: callers drop the file, they never retry.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap as _mmap
@@ -15,11 +16,15 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
 
 from kvdb.errors import StorageFull, StoreLocked
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -75,7 +80,8 @@ def fsync(fd: int, path: Path) -> None:
 
 
 def fsync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with _translated(path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fsync(fd, path)
     finally:
@@ -144,6 +150,17 @@ def mmap(fd: int, size: int) -> _mmap.mmap:
     return _mmap.mmap(fd, size, flags=_mmap.MAP_SHARED, prot=_mmap.PROT_READ)
 
 
+def resident_pages(map_: _mmap.mmap) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which pages of a map are in the page cache, one bool per page; all False where the system cannot tell."""
+    pages = np.zeros(-(-len(map_) // _mmap.PAGESIZE), np.uint8)
+    address = np.frombuffer(map_, np.uint8).ctypes.data
+    if not hasattr(_LIBC, "mincore") or _LIBC.mincore(
+        ctypes.c_void_p(address), ctypes.c_size_t(len(map_)), pages.ctypes.data_as(ctypes.c_void_p)
+    ):
+        return np.zeros(len(pages), bool)
+    return (pages & 1).astype(bool)
+
+
 def file_size(fd: int) -> int:
     return os.fstat(fd).st_size
 
@@ -173,7 +190,8 @@ def lock(path: Path, *, timeout_s: float, create: bool = True) -> int:
 
     raises  StoreLocked after `timeout_s` seconds
     """
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), FILE_MODE)
+    with _translated(path):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), FILE_MODE)
     deadline = time.monotonic() + timeout_s
     while True:
         try:

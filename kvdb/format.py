@@ -115,6 +115,14 @@ def shard_index(geometry: Geometry, group: int, capacity: int, chunks: int, row_
     return body + struct.pack("<I", google_crc32c.value(body))
 
 
+Sections = dict[str, tuple[int, int, str]]
+"""What lies between payload and index, by name: offset, bytes, xxh3-64 in hex."""
+
+
+def section(offset: int, data: Any) -> tuple[int, int, str]:
+    return offset, memoryview(data).nbytes, xxhash.xxh3_64_hexdigest(data)
+
+
 def place_seed(segment: str) -> int:
     """Digest seed of record 0 of a segment; record r adds r. Binds a digest to its place."""
     return xxhash.xxh3_64_intdigest(segment.encode())
@@ -134,7 +142,7 @@ def record_digests(segment: str, first_record: int, rows: np.ndarray[Any, np.dty
     return out
 
 
-def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: Codec, sections: dict[str, Any]) -> bytes:
+def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: Codec, sections: Sections) -> bytes:
     """zarr.json of a KV array: dims (layer, head, kv, token, dim), one shard, inner chunk = one chunk of one layer."""
     g, ct = info.geometry.groups[group], info.geometry.chunk_tokens
     inner = [1, g.kv_heads, 2, ct, g.head_dim]
@@ -221,7 +229,7 @@ class KVAttributes(msgspec.Struct, frozen=True, kw_only=True):
     info: SegmentInfo
     identity: Identity
     group: int
-    sections: dict[str, Any]
+    sections: Sections
 
 
 def parse_kv_metadata(data: bytes, where: str) -> KVAttributes:

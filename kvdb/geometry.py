@@ -7,6 +7,8 @@ chunk: K (chunk_tokens, head_dim), then V, contiguous. Chunk k of a sequence alw
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import msgspec
 import numpy as np
 
@@ -16,7 +18,11 @@ CHUNK_TOKENS = 16
 SEGMENT_TOKENS = 16_384
 """A segment never holds more tokens than this."""
 
-STORAGE_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+STORAGE_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
 """KV dtype -> the dtype its bytes are stored as. NumPy and Zarr have no bfloat16: it travels as uint16."""
 
 
@@ -57,7 +63,7 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidInput(f"geometry: layers are {layers}, expected each layer exactly once")
 
     @property
-    def storage_dtype(self) -> np.dtype[np.generic]:
+    def storage_dtype(self) -> np.dtype[Any]:
         return STORAGE_DTYPES[self.dtype]
 
     @property

@@ -1,7 +1,8 @@
 """Reading records of segments: one interface, two ways.
 
     mmap   one shared read-only map per array. MADV_RANDOM stops read-ahead (which amplified cold reads 61 times);
-           WILLNEED on records not touched lately makes the kernel fetch them together; then one gather copies them.
+           WILLNEED on records that are not in the page cache makes the kernel fetch them together; then one gather
+           copies them.
     pread  positioned reads into the caller's buffer: no map, so a truncated file is an error and never a SIGBUS. The
            way for network file systems.
 
@@ -103,7 +104,7 @@ class Reader(ABC):
         if len(records) == 0:
             return
         limit = info.chunks * array.heads
-        if int(records.min()) < 0 or int(records.max()) >= limit:
+        if int(records.view(np.uint64).max()) >= limit:  # a negative one is huge as unsigned: one pass checks both ends
             raise InvalidInput(
                 f"segment {info.segment}, layer {layer}: records {int(records.min())}..{int(records.max())}, "
                 f"expected 0..{limit - 1}"
@@ -157,8 +158,9 @@ class Reader(ABC):
             self._prepare(array, layout(segment.info, group).payload_bytes, segment.info)
         return array
 
+    @abstractmethod
     def _prepare(self, array: _OpenArray, payload_bytes: int, info: SegmentInfo) -> None:
-        """Hook after opening; nothing to do by default."""
+        """Called once after opening, before the first `_fetch`."""
 
     @abstractmethod
     def _fetch(self, array: _OpenArray, rows: Array, out: Array) -> None:
@@ -173,8 +175,8 @@ def _decode_into(codec: Codec, rows: Array, out: Array) -> None:
 
 class MmapReader(Reader):
     name: ClassVar[str] = "mmap"
-    FORGET_AFTER: ClassVar[int] = 4096
-    """Gathers after which "touched lately" starts afresh, so that evicted pages are again fetched together."""
+    LOOK_AGAIN_AFTER: ClassVar[int] = 4096
+    """Gathers after which the kernel is asked again what is in the page cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +189,7 @@ class MmapReader(Reader):
         array.view = flat.reshape(-1, array.row)
         if array.codec.stored_as_is:
             array.planes = flat.view(info.geometry.storage_dtype).reshape(2 * len(array.view), -1)
-        array.seen = np.zeros(len(array.view), bool)
+        array.seen = _cached_rows(array)
 
     def _fetch(self, array: _OpenArray, rows: Array, out: Array) -> None:
         self._prefetch(array, rows)
@@ -200,9 +202,9 @@ class MmapReader(Reader):
 
     def _prefetch(self, array: _OpenArray, rows: Array) -> None:
         self._gathers += 1
-        if self._gathers % self.FORGET_AFTER == 0:
+        if self._gathers % self.LOOK_AGAIN_AFTER == 0:
             for opened in self._open.values():
-                opened.seen[:] = False
+                opened.seen = _cached_rows(opened)
         seen = array.seen[rows]
         if seen.all():
             return
@@ -216,8 +218,21 @@ class MmapReader(Reader):
             array.base.madvise(_mmap.MADV_WILLNEED, aligned, (int(run[-1]) + 1) * array.row - aligned)
 
 
+def _cached_rows(array: _OpenArray) -> Array:
+    """For each stored row, whether all its pages are in the page cache."""
+    assert array.base is not None
+    missing = np.concatenate(([0], np.cumsum(~files.resident_pages(array.base))))
+    first = np.arange(len(array.view)) * array.row // _mmap.PAGESIZE
+    last = ((np.arange(len(array.view)) + 1) * array.row - 1) // _mmap.PAGESIZE
+    cached: Array = missing[last + 1] == missing[first]
+    return cached
+
+
 class PreadReader(Reader):
     name: ClassVar[str] = "pread"
+
+    def _prepare(self, array: _OpenArray, payload_bytes: int, info: SegmentInfo) -> None:
+        """The descriptor is all it needs."""
 
     def _fetch(self, array: _OpenArray, rows: Array, out: Array) -> None:
         if array.codec.stored_as_is:
@@ -234,9 +249,7 @@ class PreadReader(Reader):
     def _read_row(array: _OpenArray, row: int, buffers: list[memoryview]) -> None:
         n = files.preadv(array.fd, buffers, row * array.row)
         if n != array.row:
-            raise Damaged(
-                f"file {array.path}: {n} bytes at {row * array.row}, expected {array.row}; run 'kvdb verify'"
-            )
+            raise Damaged(f"file {array.path}: {n} bytes at {row * array.row}, expected {array.row}; run 'kvdb verify'")
 
 
 READERS: Final[dict[str, type[Reader]]] = {reader.name: reader for reader in (MmapReader, PreadReader)}

@@ -96,11 +96,9 @@ class SegmentWriter:
             created=files.now(),
         )
         self.folder = folder
-        self.written = {layer: 0 for layer in geometry.layers}  # tokens per layer
+        self.written = dict.fromkeys(geometry.layers, 0)  # tokens per layer
         self._fds: dict[str, int] = {}
-        self._digests = [
-            np.zeros(len(g.layers) * capacity * g.kv_heads, "<u8") for g in geometry.groups
-        ]
+        self._digests = [np.zeros(len(g.layers) * capacity * g.kv_heads, "<u8") for g in geometry.groups]
         try:
             for group in range(len(geometry.groups)):
                 self._create(format.kv_array(segment, group), layout(self.info, group).payload_bytes)
@@ -139,7 +137,7 @@ class SegmentWriter:
 
         keys, values  (kv_heads, tokens, head_dim) in the storage dtype; only the last append of a layer may end inside
                       a chunk
-        raises        InvalidInput for a wrong shape or more tokens than reserved; StorageFull
+        raises        InvalidInput for a wrong shape or dtype, or more tokens than reserved; StorageFull
         """
         geometry = self.info.geometry
         group, row = geometry.locate(layer)
@@ -149,6 +147,11 @@ class SegmentWriter:
             raise InvalidInput(
                 f"layer {layer}: keys {keys.shape}, values {values.shape}, "
                 f"expected ({g.kv_heads}, tokens > 0, {g.head_dim}) twice"
+            )
+        if {keys.dtype, values.dtype} != {geometry.storage_dtype}:
+            raise InvalidInput(
+                f"layer {layer}: keys {keys.dtype}, values {values.dtype}, expected {geometry.storage_dtype} twice; a cast "
+                "would change their meaning"
             )
         if done % ct or done + tokens > self.capacity_tokens:
             raise InvalidInput(
@@ -191,14 +194,10 @@ class SegmentWriter:
             array, place = format.kv_array(self.info.segment, group), layout(self.info, group)
             digests = self._digests[group]
             self._write(array, digests, place.digests_offset)
-            sections: dict[str, Any] = {
-                "digests": [place.digests_offset, digests.nbytes, xxhash.xxh3_64_hexdigest(digests)]
-            }
+            sections: format.Sections = {"digests": format.section(place.digests_offset, digests)}
             if group == 0:
                 self._write(array, token_bytes, place.tokens_offset)
-                sections["tokens"] = [
-                    place.tokens_offset, token_bytes.nbytes, xxhash.xxh3_64_hexdigest(token_bytes),
-                ]  # fmt: skip
+                sections["tokens"] = format.section(place.tokens_offset, token_bytes)
             index = format.shard_index(
                 self.info.geometry, group, self.info.capacity, self.info.chunks, row_bytes(self.info, group)
             )
@@ -217,9 +216,7 @@ class SegmentWriter:
         array = format.abstract_array(self.info.segment, name, group)
         size = abstract_bytes(self.info, group, name)
         layers = range(len(self.info.geometry.groups[group].layers))
-        digests = [
-            xxhash.xxh3_64_hexdigest(files.pread(self._fds[array], size, layer * size)) for layer in layers
-        ]
+        digests = [xxhash.xxh3_64_hexdigest(files.pread(self._fds[array], size, layer * size)) for layer in layers]
         metadata = format.abstract_metadata(self.info, group, name, ABSTRACTS[name].parts, digests)
         files.write_new(self.folder / array / format.METADATA_KEY, metadata)
 

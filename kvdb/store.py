@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from kvdb import files, format
-from kvdb.catalog import Catalog, Found, Sequence, Span, Transaction, sequence_key, spans_of
+from kvdb.catalog import Catalog, Found, Sequence, Span, Transaction, is_open, sequence_key, spans_of
 from kvdb.check import check_store
 from kvdb.codecs import Codec, Raw
 from kvdb.errors import (
@@ -93,9 +93,7 @@ class KVDB:
     # -- opening and closing
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], mode: Mode = "a", *, salt: str = "", read_mode: str = "mmap"
-    ) -> KVDB:
+    def open(cls, path: str | os.PathLike[str], mode: Mode = "a", *, salt: str = "", read_mode: str = "mmap") -> KVDB:
         """Open or create a store.
 
         raises  StoreNotFound, NotAStore, NewerFormat, Damaged; InvalidInput for an unknown mode; OSError for permissions
@@ -112,6 +110,8 @@ class KVDB:
             raise StoreError(f"{root}: a store is there, expected none for mode 'w-'; use mode 'a' to open it")
         if mode == "w" and exists:
             read_header(root)  # refuses to replace what is no store or a newer one
+            if is_open(root / "catalog"):
+                raise StoreError(f"{root}: open in this process, expected it closed for mode 'w'; close it first")
             files.remove_tree(root)
             exists = False
         if not exists:
@@ -191,6 +191,7 @@ class KVDB:
             return txn.sequence(name_or_key)
 
     def identity(self, digest: str) -> Identity:
+        """One identity by its digest in hex. Raises Damaged when no such entry is there."""
         with self.catalog.begin() as txn:
             found = txn.identity(digest)
         if found is None:
@@ -278,9 +279,8 @@ class KVDB:
             with self.catalog.begin(write=True) as txn:
                 adopted = self._same(txn, info, np.concatenate((prefix_tokens, token_ids)))
                 if adopted is None:
-                    published = writer.publish(self.path / "chunks")
-                    txn.add_segment(info, writer.identity, token_ids)
-                    return published
+                    txn.add_segment(info, writer.identity, token_ids)  # may refuse: so before any file moves
+                    return writer.publish(self.path / "chunks")
         except BaseException:
             writer.discard()
             raise
@@ -321,8 +321,8 @@ class KVDB:
                 f"sequence: {tokens} tokens, expected {last.info.start + 1}..{last.info.stop}, the positions of its "
                 f"last segment {last.info.segment}"
             )
-        if name is not None and not (name.strip() and name.isprintable() and len(name) <= 512):
-            raise InvalidInput(f"sequence: name is {name!r}, expected 1..512 printable characters")
+        if name is not None:
+            check_name(name)
         digest = identity.digest().hex()
         with self.catalog.begin(write=True) as txn:
             path = txn.path(last.info.segment)
@@ -372,8 +372,11 @@ class KVDB:
         """Delete unnamed sequences in the policy's order until KV files occupy at most `target_bytes`.
 
         returns  the sequences deleted; fewer bytes may be freed than hoped, since prefixes are shared
+        raises   InvalidInput for an unknown policy; ReadOnly
         """
         self._writable()
+        if policy not in RETENTION:
+            raise InvalidInput(f"evict: policy is {policy!r}, expected one of {sorted(RETENTION)}")
         evicted: list[Sequence] = []
         for sequence in RETENTION[policy].order(self.sequences()):
             if self.info()["disk_bytes"] <= target_bytes:
@@ -399,29 +402,50 @@ class KVDB:
 
     def _own_workspace(self) -> Path:
         self._writable()
-        if self._workspace is None:
+        while self._workspace is None:
             workspace = self.path / "tmp" / f"{os.getpid()}-{os.urandom(8).hex()}"
             files.mkdir(workspace)
-            self._workspace_lock = files.lock(workspace / "lock", timeout_s=0)
-            self._workspace = workspace
+            with contextlib.suppress(FileNotFoundError, StoreLocked):  # swept before it was locked: another name
+                fd = files.lock(workspace / "lock", timeout_s=0)
+                if (workspace / "lock").exists():
+                    self._workspace, self._workspace_lock = workspace, fd
+                else:
+                    files.close(fd)
         return self._workspace
 
     def _sweep(self) -> None:
-        """Remove what dead writers left: unlocked folders in tmp/, arrays in chunks/ that no entry names.
+        """Remove what dead writers left: all that is not locked in tmp/, arrays in chunks/ that no entry names.
 
         Publishing happens inside a write transaction, so inside one of ours nothing is half published.
         """
         for name in files.list_dir(self.path / "tmp"):
             workspace = self.path / "tmp" / name
-            with contextlib.suppress(StoreLocked, FileNotFoundError):
+            try:
                 fd = files.lock(workspace / "lock", timeout_s=0, create=False)
+            except StoreLocked:
+                continue
+            except (
+                FileNotFoundError,
+                NotADirectoryError,
+            ):  # its maker died before the lock, or while creating the store
                 files.remove_tree(workspace)
+                continue
+            try:
+                files.remove_tree(workspace)
+            finally:
                 files.close(fd)
         with self.catalog.begin(write=True) as txn:
             known = set(txn.segment_ids())
             for array in files.list_dir(self.path / "chunks"):
                 if array != format.METADATA_KEY and array.partition(".")[0] not in known:
                     files.remove_tree(self.path / "chunks" / array)
+
+
+def check_name(name: str) -> str:
+    """A name that a sequence may have. Raises InvalidInput."""
+    if not (name.strip() and name.isprintable() and len(name) <= 512):
+        raise InvalidInput(f"sequence: name is {name!r}, expected 1..512 printable characters")
+    return name
 
 
 def _state(root: Path) -> bool:
@@ -434,7 +458,7 @@ def _state(root: Path) -> bool:
         raise NotAStore(f"{root}: a file, expected a folder with {_HEADER}; choose another path")
     if (root / _HEADER).exists():
         return True
-    if any(root.iterdir()):
+    if not {path.name for path in root.iterdir()} <= set(_PARTS):  # the parts alone: somebody is, or was, creating it
         raise NotAStore(f"{root}: a folder without {_HEADER}, expected a store or an empty folder; choose another path")
     return False
 
@@ -460,7 +484,7 @@ def _create(root: Path) -> None:
     )
     draft = root / "tmp" / f"header-{os.urandom(8).hex()}"
     files.write_new(draft, msgspec.json.format(msgspec.json.encode(header), indent=2) + b"\n")
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(FileExistsError, FileNotFoundError):  # another header won, and its opener may have swept
         os.link(draft, root / _HEADER)
     files.remove_tree(draft)
     for folder in (root / "chunks", root / "catalog", root, root.parent):

@@ -70,9 +70,7 @@ def attach(
 class Attachment:
     """A model joined to a store; made by `attach`."""
 
-    def __init__(
-        self, model: nn.Module, db: KVDB, *, budget: Budget | None, fidelity: str, selector: Selector
-    ) -> None:
+    def __init__(self, model: nn.Module, db: KVDB, *, budget: Budget | None, fidelity: str, selector: Selector) -> None:
         self.model, self.db, self.budget, self.fidelity, self.selector = model, db, budget, fidelity, selector
         self.config = text_config(model)
         self.windows = _windows(self.config)
@@ -86,7 +84,9 @@ class Attachment:
     def __enter__(self) -> Self:
         model: Any = self.model
         if model.config._attn_implementation == IMPLEMENTATION:
-            raise InvalidInput("attach: the model is attached already, expected a free one; leave the other 'with' block")
+            raise InvalidInput(
+                "attach: the model is attached already, expected a free one; leave the other 'with' block"
+            )
         register()
         with ExitStack() as stack:
             previous = model.config._attn_implementation
@@ -130,9 +130,7 @@ class Attachment:
             raise InvalidInput(f"match: {len(rows)} prompts, expected one; ask for each")
         return self.db.match(self.identity(), rows[0], exact=self.fidelity == EXACT)
 
-    def cache(
-        self, input_ids: Tensor, *, progress: Callable[[PrefillProgress], None] | None = None
-    ) -> KVDBCache:
+    def cache(self, input_ids: Tensor, *, progress: Callable[[PrefillProgress], None] | None = None) -> KVDBCache:
         """A cache for this prompt: reuses the longest stored prefix, prefills and stores the rest but the last token.
 
         input_ids  (batch, tokens) or (tokens,): prompts of equal length, no padding; the last token is left for
@@ -233,7 +231,9 @@ class Attachment:
 
     def _entered(self) -> None:
         if self._stack is None:
-            raise InvalidInput("attach: used outside its 'with' block, expected inside; write 'with attach(...) as kv:'")
+            raise InvalidInput(
+                "attach: used outside its 'with' block, expected inside; write 'with attach(...) as kv:'"
+            )
 
     def _new(self, identity: Identity, batch: int) -> KVDBCache:
         cache = KVDBCache(

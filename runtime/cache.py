@@ -28,7 +28,7 @@ MASS_EVERY = 16
 """Covered mass is estimated on every so many-th selecting step."""
 
 
-class KVDBCache(Cache):  # type: ignore[misc]
+class KVDBCache(Cache):
     """Keys and values of one generation over a store. Made by `Attachment.cache` and `Attachment.load`.
 
     Works with `model.generate(input_ids, past_key_values=cache)` and with plain forward passes while its model is attached.
@@ -61,9 +61,7 @@ class KVDBCache(Cache):  # type: ignore[misc]
         self.sampling = False
         self._reader = db.reader()
         self._staging = Staging(dtype, device)
-        self.rows = [
-            History(db, identity, geometry, self._reader, self._staging, model_label) for _ in range(batch)
-        ]
+        self.rows = [History(db, identity, geometry, self._reader, self._staging, model_label) for _ in range(batch)]
         self._active = False
         self._broken: str | None = None
         self._selecting_steps = 0
@@ -76,8 +74,10 @@ class KVDBCache(Cache):  # type: ignore[misc]
             ]
         )
         self._full_layers = [layer for layer in self.layers if isinstance(layer, FullLayer)]
+        self.metered_layers = {layer.stored.index for layer in (self._full_layers[:1] + self._full_layers[-1:])}
         self._full_token_bytes = sum(
-            2 * layer.stored.group.kv_heads * layer.stored.group.head_dim * dtype.itemsize for layer in self._full_layers
+            2 * layer.stored.group.kv_heads * layer.stored.group.head_dim * dtype.itemsize
+            for layer in self._full_layers
         )
 
     # -- what it holds
@@ -123,9 +123,7 @@ class KVDBCache(Cache):  # type: ignore[misc]
             if isinstance(layer, SlidingLayer) and tokens:
                 start = max(0, tokens - layer.sliding_window + 1)
                 window = [row.last_tokens(stored.index, start, tokens) for row in self.rows]
-                layer.restore_window(
-                    torch.stack([k for k, _ in window]), torch.stack([v for _, v in window]), tokens
-                )
+                layer.restore_window(torch.stack([k for k, _ in window]), torch.stack([v for _, v in window]), tokens)
         self.metrics.restore_bytes_read = self._reader.bytes_read
         self.metrics.reused_tokens = tokens
 
@@ -144,7 +142,9 @@ class KVDBCache(Cache):  # type: ignore[misc]
             )
         batch, queries = input_ids.shape
         if batch != len(self.rows) or queries == 0:
-            raise InvalidInput(f"KVDB cache: input_ids {tuple(input_ids.shape)}, expected ({len(self.rows)}, tokens > 0)")
+            raise InvalidInput(
+                f"KVDB cache: input_ids {tuple(input_ids.shape)}, expected ({len(self.rows)}, tokens > 0)"
+            )
         if attention_mask is not None and (attention_mask.dim() != 2 or not bool(attention_mask.all())):
             raise Unsupported(
                 "KVDB cache: attention_mask is not all ones, expected prompts of equal length without padding; "

@@ -56,6 +56,9 @@ class History:
         self.approximate_from: int | None = None
         self.approximation = EXACT
         self._reader, self._staging = reader, staging
+        groups = {layer: geometry.groups[geometry.locate(layer)[0]] for layer in geometry.layers}
+        self._heads = {layer: np.arange(group.kv_heads)[:, None] for layer, group in groups.items()}
+        self._dims = {layer: group.head_dim for layer, group in groups.items()}
         self._behind = WriteBehind()
         self._sealed: list[Part] = []
         self._last: Segment | None = None  # holds the last stored token; may hold no whole chunk of this sequence
@@ -125,7 +128,9 @@ class History:
         if last > self.sealed_chunks and self._last is not None:
             parts.append(Part(self._last, self._last.info.start // ct, last - self._last.info.start // ct))
         k, v = self._read_run(parts, layer, first, last)
-        return k[:, start - first * ct : stop - first * ct].clone(), v[:, start - first * ct : stop - first * ct].clone()
+        return k[:, start - first * ct : stop - first * ct].clone(), v[
+            :, start - first * ct : stop - first * ct
+        ].clone()
 
     # -- reading
 
@@ -146,26 +151,27 @@ class History:
         return [*self._sealed, flying]
 
     def _read_run(self, parts: list[Part], layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        heads = self.geometry.groups[self.geometry.locate(layer)[0]].kv_heads
+        heads = len(self._heads[layer])
         return self._gather(parts, layer, np.broadcast_to(np.arange(start, stop), (heads, stop - start)))
 
     def _gather(self, parts: list[Part], layer: int, chunks: Array) -> tuple[Tensor, Tensor]:
-        group = self.geometry.groups[self.geometry.locate(layer)[0]]
+        """chunks (kv_heads, n): which to read for each KV head; every one lies in one of `parts`."""
         heads, n = chunks.shape
-        ct, dim = self.geometry.chunk_tokens, group.head_dim
-        head = np.arange(heads)[:, None]
+        ct, dim = self.geometry.chunk_tokens, self._dims[layer]
 
         def fill(out: Array) -> None:
             for part in parts:
-                inside = (chunks >= part.first) & (chunks < part.stop)
-                records = (chunks - part.first) * heads + head
-                if inside.all():
-                    self._reader.read(part.segment, layer, records.ravel(), out)
+                records = ((chunks - part.first) * heads + self._heads[layer]).ravel()
+                if len(parts) == 1:
+                    self._reader.read(part.segment, layer, records, out)
                     return
-                columns = np.flatnonzero(inside)
+                columns = np.flatnonzero((chunks >= part.first) & (chunks < part.stop))
+                if len(columns) == len(records):
+                    self._reader.read(part.segment, layer, records, out)
+                    return
                 if len(columns):
                     some = np.empty((2, len(columns), ct, dim), out.dtype)
-                    self._reader.read(part.segment, layer, records.ravel()[columns], some)
+                    self._reader.read(part.segment, layer, records[columns], some)
                     out[:, columns] = some
 
         both = self._staging.read_into((2, heads * n, ct, dim), fill)
@@ -293,4 +299,3 @@ class History:
     def close(self) -> None:
         self.discard()
         self._behind.close()
-

@@ -61,7 +61,7 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in tensors:
         data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
         h.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        h.update(xxhash.xxh3_128_digest(data))
+        h.update(xxhash.xxh3_128_digest(data.data))
     _DIGESTS[model] = (state, h.hexdigest())
     return h.hexdigest()
 

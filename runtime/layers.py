@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvdb.errors import Unsupported
 from kvdb.runtime.history import FLUSH_TOKENS, History
 from kvdb.runtime.selection import covered_mass, plan
-from kvdb.runtime.tiles import Partial, attend, merge
+from kvdb.runtime.tiles import attend, attend_one, merge
 
 if TYPE_CHECKING:
     from kvdb.runtime.cache import KVDBCache
@@ -171,7 +171,7 @@ class _FixedShape:
         )
 
 
-class FullLayer(_FixedShape, DynamicLayer):  # type: ignore[misc]
+class FullLayer(_FixedShape, DynamicLayer):
     """A full-attention layer whose keys and values live in a store."""
 
     def __init__(self, cache: KVDBCache, index: int) -> None:
@@ -203,47 +203,45 @@ class FullLayer(_FixedShape, DynamicLayer):  # type: ignore[misc]
         kv_heads = stored.group.kv_heads
         q = query.reshape(batch, kv_heads, heads // kv_heads, queries, dim)
         out = [self._attend_row(row, b, q[b], scale) for b, row in enumerate(cache.rows)]
-        cache.note_resident()
+        if stored.index in cache.metered_layers:
+            cache.note_resident()
         if cache.writes:
             stored.flush()
-        return torch.stack(out).view(batch, heads, queries, dim)
+        whole = out[0] if batch == 1 else torch.stack(out)
+        return whole.view(batch, heads, queries, dim)
 
     def _attend_row(self, row: History, b: int, q: Tensor, scale: float) -> Tensor:
-        tail, queries = self.stored.tail, q.shape[2]
-        parts: list[Partial] = []
+        cache, tail = self.stored.cache, self.stored.tail
         k, v = tail.k[b], tail.v[b]
-        before = tail.length - queries
-        if queries == 1:
-            parts.append(attend(q, k, v, scale=scale))
-        else:
-            parts.append(attend(q, k[:, before:], v[:, before:], scale=scale, causal=True))
-            if before:
-                parts.append(attend(q, k[:, :before], v[:, :before], scale=scale))
-        chunks = row.chunks(self.stored.index)
-        take = self.stored.cache.take
-        if take is not None and chunks:
-            return self._attend_selected(row, q, scale, parts, take)
-        step = TILE_TOKENS // self.stored.cache.geometry.chunk_tokens
+        if cache.take is not None:
+            return self._attend_selected(row, q, k, v, scale, cache.take)
+        before = tail.length - q.shape[2]
+        parts = [attend(q, k[:, before:], v[:, before:], scale=scale, causal=q.shape[2] > 1)]
+        if before:
+            parts.append(attend(q, k[:, :before], v[:, :before], scale=scale))
         whole = merge(parts)
+        chunks = row.chunks(self.stored.index)
+        step = TILE_TOKENS // cache.geometry.chunk_tokens
         for start in range(0, chunks, step):
             tile_k, tile_v = row.read(self.stored.index, start, min(start + step, chunks))
             whole = merge([whole, attend(q, tile_k, tile_v, scale=scale)])
         return whole.out
 
-    def _attend_selected(self, row: History, q: Tensor, scale: float, parts: list[Partial], take: int) -> Tensor:
+    def _attend_selected(
+        self, row: History, q: Tensor, tail_k: Tensor, tail_v: Tensor, scale: float, take: int
+    ) -> Tensor:
         cache, index = self.stored.cache, self.stored.index
-        resident = row.resident(index, cache.selector)
-        query = (q[:, :, 0] * scale).float()
-        scores = cache.selector.score(query, resident)
+        query = q.squeeze(2) * scale
+        exact_query = query.float()
+        scores = cache.selector.score(exact_query, row.resident(index, cache.selector))
         chosen = plan(scores, take, cache.forced)
         k, v = row.select(index, chosen.chunks)
-        whole = merge([*parts, attend(q, k, v, scale=scale)])
         if cache.sampling:
-            ct = cache.geometry.chunk_tokens
-            logits = torch.bmm(query, k.float().transpose(1, 2))  # [kv_heads, group, n * chunk_tokens]
-            record_lse = torch.logsumexp(logits.unflatten(-1, (-1, ct)), -1)
-            cache.note_mass(covered_mass(scores, chosen, record_lse, whole.lse[..., 0], ct))
-        return whole.out
+            logits = torch.bmm(exact_query, k.float().transpose(1, 2))  # [kv_heads, group, n * chunk_tokens]
+            record_lse = torch.logsumexp(logits.unflatten(-1, (-1, cache.geometry.chunk_tokens)), -1)
+            tail_lse = torch.logsumexp(torch.bmm(exact_query, tail_k.float().transpose(1, 2)), -1)
+            cache.note_mass(covered_mass(scores, chosen, record_lse, tail_lse))
+        return attend_one(query, [(k, v), (tail_k, tail_v)])
 
     def offload(self) -> None:
         """Nothing to do: stored KV is on disk already."""
@@ -252,8 +250,11 @@ class FullLayer(_FixedShape, DynamicLayer):  # type: ignore[misc]
         """Nothing to do: attention reads what it needs."""
 
 
-class SlidingLayer(_FixedShape, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class SlidingLayer(_FixedShape, DynamicSlidingWindowLayer):
     """A sliding-window layer: transformers' own while generating; every token is also stored, for later reuse."""
+
+    keys: Any
+    values: Any
 
     def __init__(self, cache: KVDBCache, index: int, sliding_window: int) -> None:
         super().__init__(sliding_window=sliding_window)

@@ -6,6 +6,7 @@ read asked for and never shrinks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ class Staging:
         self.dtype, self.device = dtype, device
         self._pinned = device.type == "cuda"
         self._buffer = torch.empty(0, dtype=dtype)
+        self._views: dict[tuple[int, ...], tuple[Tensor, Array]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -28,12 +30,20 @@ class Staging:
 
     def read_into(self, shape: tuple[int, ...], fill: Callable[[Array], None]) -> Tensor:
         """Let `fill` write a NumPy view of the given shape, and return it as a tensor on the device."""
-        count = int(np.prod(shape))
+        if shape not in self._views:
+            self._make_room(shape)
+        host, view = self._views[shape]
+        fill(view)
+        return host if self.device.type == "cpu" else host.to(self.device)
+
+    def _make_room(self, shape: tuple[int, ...]) -> None:
+        count = math.prod(shape)
+        if self._buffer.numel() < count or len(self._views) > 64:
+            self._views.clear()
         if self._buffer.numel() < count:
             self._buffer = torch.empty(count, dtype=self.dtype, pin_memory=self._pinned)
         host = self._buffer[:count].view(shape)
-        fill(storage_view(host))
-        return host if self.device.type == "cpu" else host.to(self.device)
+        self._views[shape] = host, storage_view(host)
 
 
 def storage_view(tensor: Tensor) -> Array:

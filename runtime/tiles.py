@@ -56,6 +56,24 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool
     return Partial(out, lse)
 
 
+def attend_one(q: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention of one query per head over several parts at once: fewer, larger operations than `attend` and `merge`.
+
+    q        (kv_heads, group, head_dim), already scaled
+    parts    pairs k, v, each (kv_heads, tokens, head_dim), tokens > 0
+    returns  (kv_heads, group, head_dim)
+    """
+    if q.dtype != torch.float32 and q.device.type == "cpu":  # half-precision products are 1.5-3.6x slower on CPU
+        return merge([attend(q[:, :, None], k, v, scale=1.0) for k, v in parts]).out[:, :, 0]
+    scores = torch.cat([torch.bmm(q, k.transpose(1, 2)) for k, _ in parts], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+    shares = weights.split([k.shape[1] for k, _ in parts], -1)
+    out = torch.bmm(shares[0], parts[0][1])
+    for share, (_, v) in zip(shares[1:], parts[1:], strict=True):
+        out = torch.baddbmm(out, share, v)
+    return out
+
+
 def merge(parts: list[Partial]) -> Partial:
     """Attention over the union of disjoint parts. A single part is returned as it is."""
     if len(parts) == 1:
@@ -66,6 +84,6 @@ def merge(parts: list[Partial]) -> Partial:
         return Partial(torch.lerp(b.out, a.out, share), torch.logaddexp(a.lse, b.lse))
     all_lse = torch.stack([part.lse for part in parts])  # [parts, heads, group, queries]
     lse = torch.logsumexp(all_lse, 0)
-    weights = torch.exp(all_lse - lse)[..., None]
+    weights = torch.softmax(all_lse, 0)[..., None]  # sums to 1; exp(all_lse - lse) is off by |lse| roundings
     out = (torch.stack([part.out for part in parts]).float() * weights).sum(0)
     return Partial(out.to(parts[0].out.dtype), lse)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -112,16 +113,22 @@ def plan(scores: Tensor, take: int, forced: Forced) -> Plan:
     heads, _, chunks = scores.shape
     sink, recent = forced
     free = max(0, min(take, chunks) - sink - recent)
-    edge = torch.arange(chunks, device=scores.device)
-    parts = [edge[:sink].expand(heads, -1)]
+    chosen = _edges(heads, chunks, free, forced, scores.device).clone()
     if free:
         middle = torch.softmax(scores[..., sink : chunks - recent], -1).sum(1)  # [kv_heads, middle chunks]
-        parts.append(torch.topk(middle, free, sorted=False).indices + sink)
-    parts.append(edge[chunks - recent :].expand(heads, -1))
-    return Plan(torch.cat(parts, 1), slice(sink, sink + free))
+        torch.add(torch.topk(middle, free, sorted=False).indices, sink, out=chosen[:, sink : sink + free])
+    return Plan(chosen, slice(sink, sink + free))
 
 
-def covered_mass(scores: Tensor, chosen: Plan, record_lse: Tensor, total_lse: Tensor, chunk_tokens: int) -> Tensor:
+@lru_cache(maxsize=8)
+def _edges(heads: int, chunks: int, free: int, forced: Forced, device: torch.device) -> Tensor:
+    """A plan with sink and recent window filled in: the same for every layer of a step."""
+    edge = torch.arange(chunks, device=device)
+    parts = [edge[: forced.sink], edge.new_zeros(free), edge[chunks - forced.recent :]]
+    return torch.cat(parts).repeat(heads, 1)
+
+
+def covered_mass(scores: Tensor, chosen: Plan, record_lse: Tensor, tail_lse: Tensor) -> Tensor:
     """Estimated share of attention mass that the attended tokens hold.
 
     The mass of unread records is estimated from their scores, shifted by how far scores of the *lowest* read records lie
@@ -129,17 +136,18 @@ def covered_mass(scores: Tensor, chosen: Plan, record_lse: Tensor, total_lse: Te
 
     scores      (kv_heads, group, chunks)
     record_lse  (kv_heads, group, n) true log-sum-exp of each record in `chosen.chunks`
-    total_lse   (kv_heads, group) log-sum-exp over everything attended to, tail included
+    tail_lse    (kv_heads, group) log-sum-exp over the unstored newest tokens
     returns     scalar, mean over heads
     """
     index = chosen.chunks[:, None].expand(-1, scores.shape[1], -1)
     read = scores.gather(2, index)  # [kv_heads, group, n]
     free_read, free_true = read[..., chosen.free], record_lse[..., chosen.free]
     if free_read.shape[-1] == 0:
-        shift = torch.zeros_like(total_lse)
+        shift = torch.zeros_like(tail_lse)
     else:
         weakest = torch.topk(free_read, max(1, free_read.shape[-1] // 2), largest=False).indices
         shift = (free_true.gather(2, weakest) - free_read.gather(2, weakest)).mean(-1)
+    total_lse = torch.logaddexp(torch.logsumexp(record_lse, -1), tail_lse)
     unread = scores.scatter(2, index, float("-inf"))
     unread_lse = torch.logsumexp(unread, -1) + shift
     return torch.sigmoid(total_lse - unread_lse).mean()

@@ -25,7 +25,7 @@ class BoxSelector(Selector):
 
     def prepare(self, abstract: Tensor) -> Tensor:
         lo, hi = abstract[:, :, 0], abstract[:, :, 1]  # [chunks, kv_heads, head_dim]
-        return torch.cat(((hi + lo) / 2, (hi - lo) / 2), -1).permute(1, 2, 0).contiguous()
+        return torch.cat(((hi + lo) / 2, self.beta * (hi - lo) / 2), -1).permute(1, 2, 0).contiguous()
 
     def score(self, q: Tensor, resident: Tensor) -> Tensor:
-        return torch.bmm(torch.cat((q, self.beta * q.abs()), -1), resident)
+        return torch.bmm(torch.cat((q, q.abs()), -1), resident)

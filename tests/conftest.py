@@ -1,0 +1,46 @@
+"""Hypothesis profiles and the real models.
+
+HYPOTHESIS_PROFILE picks a profile: dev (the default), ci (derandomised; the default where CI is set) or
+nightly (long).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from kvdb.tools.models import LoadedModel, ModelNotInstalled, load_model
+
+settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "nightly", max_examples=2_000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[LoadedModel]:
+    """SmolLM2-135M-Instruct, float32: 30 layers, 9 query heads, 3 KV heads, head_dim 64, context 8192."""
+    yield from _real_model("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m() -> Iterator[LoadedModel]:
+    """gemma-3-270m, float32: 18 layers (3 full), 4 query heads, 1 KV head, head_dim 256, window 512."""
+    yield from _real_model("gemma3-270m")
+
+
+def _real_model(name: str) -> Iterator[LoadedModel]:
+    try:
+        loaded = load_model(name)
+    except ModelNotInstalled as error:
+        pytest.skip(str(error))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield loaded
+    torch.set_num_threads(threads)

@@ -1,0 +1,111 @@
+"""Imports go one way, `tools -> runtime -> kvdb`, and nothing in the product can run code that came from a store.
+
+The syntax tree of every module is walked, so an import inside a function counts.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import finish, python
+
+ROOT = Path(__file__).parents[1]
+MODULES = {
+    "kvdb." + ("" if folder == "kvdb" else folder + ".") + ".".join(path.relative_to(ROOT / folder).with_suffix("").parts): path
+    for folder in ("kvdb", "runtime", "tools")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+ENGINE = {name for name, path in MODULES.items() if path.is_relative_to(ROOT / "kvdb")}
+RUNTIME = {name for name, path in MODULES.items() if path.is_relative_to(ROOT / "runtime")}
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def imports(source: str, package: str = "kvdb") -> Iterator[str]:
+    """Every module a source imports, with the names taken from it: `from a import b` gives a and a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parts, *([base] if base else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def upward(source: str, forbidden: tuple[str, ...], package: str = "kvdb") -> set[str]:
+    return {
+        name for name in imports(source, package) if any(name == f or name.startswith(f + ".") for f in forbidden)
+    }
+
+
+def dangers(source: str) -> set[str]:
+    found = {name for name in imports(source) if name.partition(".")[0] in FORBIDDEN_MODULES}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in FORBIDDEN_CALLS or called in ("torch.load", "builtins.eval", "builtins.exec"):
+                found.add(called)
+            if called.rpartition(".")[2] in ("load", "save") and called.split(".")[0] in ("np", "numpy"):
+                found.add(called)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(ENGINE))
+def test_the_engine_knows_no_model_no_runtime_and_no_tool(name: str) -> None:
+    above = ("kvdb.runtime", "kvdb.tools", "runtime", "tools", "torch", "transformers")
+    assert upward(MODULES[name].read_text(), above, name.rpartition(".")[0]) == set()
+
+
+@pytest.mark.parametrize("name", sorted(RUNTIME))
+def test_the_runtime_knows_no_tool(name: str) -> None:
+    assert upward(MODULES[name].read_text(), ("kvdb.tools", "tools"), name.rpartition(".")[0]) == set()
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_module_can_run_code_from_a_store(name: str) -> None:
+    assert dangers(MODULES[name].read_text()) == set()
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_module_says_what_it_is(name: str) -> None:
+    source = MODULES[name].read_text()
+    assert ast.get_docstring(ast.parse(source))
+
+
+def test_importing_the_engine_imports_neither_torch_nor_transformers_nor_an_oracle() -> None:
+    code = """
+import sys
+import kvdb, kvdb.check, kvdb.store
+print(sorted({"torch", "transformers", "zarr", "tensorstore", "kvdb.runtime", "kvdb.tools"} & set(sys.modules)))
+"""
+    assert finish(python(code)).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import kvdb.tools",
+        "from kvdb import tools",
+        "def f():\n    import kvdb.tools.cli",
+        "if x:\n    from kvdb.tools import cli",
+        "from . import tools",
+        "from .tools import cli",
+    ],
+)
+def test_the_walk_sees_planted_imports(source: str) -> None:
+    assert upward(source, ("kvdb.tools",))
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import pickle", "def f():\n    from marshal import loads", "eval(x)", "torch.load(p)", "np.load(p)", "exec('1')"],
+)
+def test_the_walk_sees_planted_dangers(source: str) -> None:
+    assert dangers(source)

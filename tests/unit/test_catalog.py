@@ -1,0 +1,191 @@
+"""The catalog: typed entries with a digest each, one environment per path, a transaction or nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+from helpers import SMALL, extend, finish, identity, opened, python, token_list, write_segment
+
+from kvdb import KVDB
+from kvdb.catalog import Catalog, spans_of
+from kvdb.errors import Damaged, SequenceNotFound, StoreError
+
+
+def rewrite(path: Path, table: str, change: int) -> None:
+    """Flip a bit of byte `change` in every entry of a table, as a failing disk might."""
+    env = lmdb.open(str(path / "catalog"), max_dbs=6)
+    db = env.open_db(table.encode(), dupsort=table == "tree")
+    with env.begin(write=True, db=db) as txn:
+        entries = list(txn.cursor())
+        for key, value in entries:
+            txn.delete(key, value)
+        for key, value in entries:
+            flipped = bytearray(value)
+            flipped[change] ^= 4
+            txn.put(key, bytes(flipped))
+    env.close()
+
+
+@pytest.mark.parametrize("table", ["identities", "segments", "tokens", "tree", "sequences", "names"])
+@pytest.mark.parametrize("byte", [0, 7, 8, -1])
+def test_a_changed_entry_is_damage_and_found_by_check(tmp_path: Path, table: str, byte: int) -> None:
+    with opened(tmp_path / "s") as db:
+        extend(db, token_list(40), name="a")
+    rewrite(tmp_path / "s", table, byte)
+    with KVDB.open(tmp_path / "s", "r") as db:
+        assert "damaged-entry" in {problem.kind for problem in db.check()}
+        with pytest.raises(Damaged, match=f"catalog table {table}"):
+            _use_everything(db)
+
+
+def _use_everything(db: KVDB) -> None:
+    match = db.match(identity("other"), token_list(41))
+    match = db.match(identity(), token_list(40))
+    db.segments(match.spans)
+    db.tokens(match.spans)
+    db.sequences()
+    db.sequence("a")
+    db.identity(identity().digest().hex())
+
+
+def test_an_entry_moved_to_another_key_is_damage(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        extend(db, token_list(40))
+        extend(db, token_list(40, seed=1))
+    env = lmdb.open(str(tmp_path / "s" / "catalog"), max_dbs=6)
+    with env.begin(write=True, db=env.open_db(b"segments")) as txn:
+        (a, first), (b, second) = list(txn.cursor())
+        txn.put(a, second)
+        txn.put(b, first)
+    env.close()
+    with KVDB.open(tmp_path / "s", "r") as db, pytest.raises(Damaged, match="does not match"):
+        db.info()
+
+
+def test_what_a_failing_transaction_wrote_is_gone(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        stored = extend(db, token_list(40))
+        with pytest.raises(ZeroDivisionError), db.catalog.begin(write=True) as txn:
+            txn.remove_sequence(txn.sequence(stored.key))
+            raise ZeroDivisionError
+        assert [s.key for s in db.sequences()] == [stored.key]
+
+
+def test_two_handles_in_one_process_see_the_same_store(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as one, opened(tmp_path / "s") as two, opened(tmp_path / "s", "r") as three:
+        key = extend(one, token_list(40)).key
+        assert [s.key for s in two.sequences()] == [s.key for s in three.sequences()] == [key]
+
+
+def test_a_writing_handle_cannot_join_a_reading_one(tmp_path: Path) -> None:
+    with opened(tmp_path / "s"):
+        pass
+    with opened(tmp_path / "s", "r"), pytest.raises(StoreError, match="read-only in this process"):
+        KVDB.open(tmp_path / "s", "r+")
+    with opened(tmp_path / "s", "r+"):
+        pass
+
+
+def test_a_closed_catalog_says_so(tmp_path: Path) -> None:
+    db = KVDB.open(tmp_path / "s")
+    db.close()
+    db.close()
+    with pytest.raises(StoreError, match="closed"):
+        db.sequences()
+
+
+def test_a_forked_handle_says_so(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from kvdb import KVDB
+from kvdb.errors import StoreError
+db = KVDB.open(sys.argv[1])
+child = os.fork()
+if child == 0:
+    try:
+        db.sequences()
+    except StoreError as e:
+        os._exit(7 if "opened in process" in str(e) else 8)
+    os._exit(9)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert finish(python(code, str(tmp_path / "s"))).strip() == "7"
+
+
+def test_the_catalog_is_private_under_any_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with opened(tmp_path / "s"):
+            pass
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "s").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert (tmp_path / "s").stat().st_mode & 0o077 == 0
+
+
+def test_a_file_that_is_no_catalog_is_a_typed_error(tmp_path: Path) -> None:
+    with opened(tmp_path / "s"):
+        pass
+    (tmp_path / "s" / "catalog" / "data.mdb").write_bytes(b"not lmdb" * 4096)
+    with pytest.raises((Damaged, StoreError), match="catalog"):
+        Catalog(tmp_path / "s" / "catalog", readonly=True)
+
+
+def test_a_name_moves_to_its_newest_sequence(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        first = extend(db, token_list(40), name="n").key
+        second = extend(db, token_list(40, seed=1), name="n").key
+        assert db.sequence("n").key == second
+        assert {s.key: s.name for s in db.sequences()} == {first: None, second: "n"}
+        assert db.sequence(first).name is None
+
+
+def test_a_sequence_stored_again_keeps_its_name_unless_given_another(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        key = extend(db, token_list(40), name="old").key
+        assert extend(db, token_list(40)).key == key
+        assert db.sequence("old").key == key
+        assert extend(db, token_list(40), name="new").key == key
+        assert [s.name for s in db.sequences()] == ["new"]
+        with pytest.raises(SequenceNotFound):
+            db.sequence("old")
+
+
+def test_a_key_is_found_by_its_beginning_when_that_is_unique(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        key = extend(db, token_list(40)).key
+        assert db.sequence(key[:4]).key == key
+        with pytest.raises(SequenceNotFound):
+            db.sequence(key[:3])
+
+
+def test_spans_end_where_the_tokens_end(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        stored = extend(db, token_list(100), segment_tokens=48)
+        with db.catalog.begin() as txn:
+            path = txn.path(stored.last.info.segment)
+        assert [info.start for info in path] == [0, 48, 96]
+        for tokens in range(101):
+            spans = spans_of(path, tokens)
+            assert sum(s.stop - s.start for s in spans) == tokens
+            assert len(spans) == -(-tokens // 48)
+
+
+def test_a_segment_whose_parent_is_gone_is_not_published(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        tokens = token_list(40)
+        first = extend(db, tokens[:32])
+        writer = write_segment(db, tokens, start=32, parent=first.last.info.segment)
+        db.delete(first.key)
+        with pytest.raises(Damaged, match="ancestor"):
+            db.commit(writer, tokens[32:], tokens[:32])
+        assert db.match(identity(), tokens).tokens == 0
+    with opened(tmp_path / "s") as db:
+        assert db.info()["segments"] == 0
+        assert SMALL.chunks(40) == 3
+        assert np.array_equal(token_list(40), tokens)

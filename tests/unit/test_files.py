@@ -1,0 +1,134 @@
+"""Effects on the file system: private, exclusive, typed when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvdb import files
+from kvdb.errors import StorageFull, StoreLocked
+
+
+@pytest.fixture(params=[0o000, 0o077, 0o777], ids=lambda mask: f"umask{mask:03o}")
+def any_umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.usefixtures("any_umask")
+def test_files_and_folders_are_private_under_any_umask(tmp_path: Path) -> None:
+    files.mkdir(tmp_path / "folder")
+    files.write_new(tmp_path / "folder" / "file", b"x")
+    assert mode_of(tmp_path / "folder") == 0o700
+    assert mode_of(tmp_path / "folder" / "file") == 0o600
+
+
+def test_an_existing_file_is_never_opened_for_writing(tmp_path: Path) -> None:
+    files.write_new(tmp_path / "file", b"first")
+    with pytest.raises(FileExistsError):
+        files.write_new(tmp_path / "file", b"second")
+    assert files.read_file(tmp_path / "file") == b"first"
+
+
+def test_a_link_is_no_place_to_create_a_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        files.open_excl(tmp_path / "link")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_folder_may_exist_only_where_that_is_allowed(tmp_path: Path) -> None:
+    files.mkdir(tmp_path / "folder")
+    files.mkdir(tmp_path / "folder", exist_ok=True)
+    with pytest.raises(FileExistsError):
+        files.mkdir(tmp_path / "folder")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        files.mkdir(tmp_path / "file", exist_ok=True)
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:3], at))
+    files.write_new(tmp_path / "file", b"eleven bytes")
+    assert (tmp_path / "file").read_bytes() == b"eleven bytes"
+
+
+def test_short_reads_are_continued_up_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(10)))
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, count, at: real(fd, min(count, 3), at))
+    fd = files.open_read(tmp_path / "file")
+    assert files.pread(fd, 8, 1) == bytes(range(1, 9))
+    assert files.pread(fd, 80, 1) == bytes(range(1, 10))
+    files.close(fd)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_storage_full_with_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageFull, match=str(tmp_path / "file")):
+        files.write_new(tmp_path / "file", b"x")
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        files.write_new(tmp_path / "file", b"x")
+    assert caught.value.errno == errno.EIO
+
+
+def test_removing_a_tree_follows_no_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    tree = tmp_path / "tree"
+    (tree / "deep").mkdir(parents=True)
+    (tree / "deep" / "file").touch()
+    (tree / "link").symlink_to(outside)
+    files.remove_tree(tree)
+    files.remove_tree(tree)
+    assert not tree.exists()
+    assert (outside / "precious").exists()
+
+
+def test_a_lock_is_held_until_its_descriptor_is_closed(tmp_path: Path) -> None:
+    fd = files.lock(tmp_path / "lock", timeout_s=0)
+    with pytest.raises(StoreLocked, match="expected it to be free"):
+        files.lock(tmp_path / "lock", timeout_s=0)
+    files.close(fd)
+    files.close(files.lock(tmp_path / "lock", timeout_s=0, create=False))
+    with pytest.raises(FileNotFoundError):
+        files.lock(tmp_path / "none", timeout_s=0, create=False)
+
+
+def test_a_map_sees_later_writes_and_outlives_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    fd = files.open_excl(path)
+    files.truncate(fd, 4096, path)
+    view = files.mmap(fd, 4096)
+    files.write_all(fd, b"late", 8, path)
+    files.remove_tree(path)
+    assert view[8:12] == b"late"
+    with pytest.raises(TypeError):
+        view[0] = 1
+    view.close()
+    files.close(fd)

@@ -1,0 +1,51 @@
+"""Prefix keys: chained, so equal keys mean equal prefixes; and where two token lists part."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Array, token_lists
+
+from kvdb.prefix import BLOCK_TOKENS, block_keys, common_prefix
+
+MINE, THEIRS = b"m" * 32, b"t" * 32
+
+
+def test_keys_are_chained_blake2b_of_blocks_of_64_tokens() -> None:
+    tokens = np.arange(130, dtype="<u4")
+    key = hashlib.blake2b(b"kvdb prefix 1\0" + MINE, digest_size=16).digest()
+    expected = [key]
+    for block in (tokens[:64], tokens[64:128]):
+        key = hashlib.blake2b(key + b"".join(int(t).to_bytes(4, "little") for t in block), digest_size=16).digest()
+        expected.append(key)
+    assert block_keys(MINE, tokens) == expected
+
+
+@given(token_lists(0, 200))
+def test_there_is_a_key_per_whole_block_and_one_for_none(tokens: Array) -> None:
+    keys = block_keys(MINE, tokens)
+    assert len(keys) == len(tokens) // BLOCK_TOKENS + 1
+    assert len(set(keys)) == len(keys)
+    assert {len(key) for key in keys} == {16}
+
+
+@given(token_lists(0, 200), token_lists(0, 200))
+def test_two_lists_share_a_key_exactly_where_their_blocks_are_equal(a: Array, b: Array) -> None:
+    for k, (mine, theirs) in enumerate(zip(block_keys(MINE, a), block_keys(MINE, b), strict=False)):
+        assert (mine == theirs) == (a[: k * 64].tolist() == b[: k * 64].tolist())
+
+
+@given(token_lists(0, 130))
+def test_two_identities_share_no_key(tokens: Array) -> None:
+    assert not set(block_keys(MINE, tokens)) & set(block_keys(THEIRS, tokens))
+
+
+@given(token_lists(0, 20), token_lists(0, 20), st.integers(0, 20))
+def test_common_prefix_counts_leading_equal_tokens(a: Array, b: Array, shared: int) -> None:
+    b = np.concatenate((a[:shared], b))
+    n = common_prefix(a, b)
+    assert a[:n].tolist() == b[:n].tolist()
+    assert n == min(len(a), len(b)) or a[n] != b[n]

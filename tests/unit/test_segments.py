@@ -1,0 +1,137 @@
+"""The segment writer: order of layers is free, order of tokens is not, nothing is half there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import SMALL, TWO_GROUPS, Array, assert_healthy, identity, model_kv, opened, read_kv, token_list
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import geometries
+
+from kvdb import KVDB, Geometry
+from kvdb.errors import InvalidInput
+from kvdb.segments import SegmentWriter, new_segment_id
+
+
+def writer_of(db: KVDB, geometry: Geometry = SMALL, capacity: int = 4, **changes: object) -> SegmentWriter:
+    fields = {"identity": identity(), "fidelity": "exact", "parent": None, "start": 0} | changes
+    return db.writer(geometry=geometry, capacity=capacity, **fields)  # type: ignore[arg-type]
+
+
+def zeros(geometry: Geometry, tokens: int, group: int = 0) -> Array:
+    g = geometry.groups[group]
+    return np.zeros((g.kv_heads, tokens, g.head_dim), geometry.storage_dtype)
+
+
+def test_what_is_appended_can_be_read_before_it_is_sealed(tmp_path: Path) -> None:
+    tokens = token_list(48)
+    kv = model_kv(TWO_GROUPS, tokens, 0, 48)
+    with opened(tmp_path / "s") as db:
+        writer, reader = writer_of(db, TWO_GROUPS), db.reader()
+        for start, stop in ((0, 16), (16, 48)):
+            for layer in (3, 1, 0):
+                keys, values = kv[layer]
+                writer.append(layer, keys[:, start:stop], values[:, start:stop])
+                found = read_kv(reader, writer.segment, layer, stop)
+                assert np.array_equal(found[0], keys[:, :stop])
+                assert np.array_equal(found[1], values[:, :stop])
+        reader.close()
+        writer.discard()
+
+
+@given(geometries(chunk_tokens=None, max_layers=3), st.data())
+def test_the_way_tokens_are_cut_into_appends_does_not_show(
+    tmp_path_factory: pytest.TempPathFactory, geometry: Geometry, data: st.DataObject
+) -> None:
+    tokens = data.draw(st.integers(1, 3 * geometry.chunk_tokens))
+    kv = model_kv(geometry, token_list(tokens), 0, tokens)
+    with KVDB.open(tmp_path_factory.mktemp("cut") / "s") as db:
+        writer = writer_of(db, geometry, 3)
+        for layer, (keys, values) in kv.items():
+            at = 0
+            while at < tokens:
+                stop = at + geometry.chunk_tokens * data.draw(st.integers(1, 3))
+                writer.append(layer, keys[:, at:stop], values[:, at:stop])
+                at = stop
+        segment, reader = db.commit(writer, token_list(tokens), token_list(0)), db.reader()
+        for layer, (keys, values) in kv.items():
+            found = read_kv(reader, segment, layer, tokens)
+            assert np.array_equal(found[0], keys)
+            assert np.array_equal(found[1], values)
+        reader.close()
+        db.put_sequence(identity(), segment, tokens, name=None, model="")
+        assert_healthy(db)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [((2, 16, 8), (2, 16, 9)), ((1, 16, 8), (1, 16, 8)), ((2, 0, 8), (2, 0, 8)), ((2, 16, 8), (2, 15, 8))],
+)
+def test_a_wrong_shape_is_refused(tmp_path: Path, keys: tuple[int, ...], values: tuple[int, ...]) -> None:
+    with opened(tmp_path / "s") as db:
+        writer = writer_of(db)
+        with pytest.raises(InvalidInput, match=r"layer 0: keys \("):
+            writer.append(0, np.zeros(keys, "<u2"), np.zeros(values, "<u2"))
+        writer.discard()
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f2", "<i8"])
+def test_a_wrong_dtype_is_refused_rather_than_cast(tmp_path: Path, dtype: str) -> None:
+    with opened(tmp_path / "s") as db:
+        writer = writer_of(db)
+        with pytest.raises(InvalidInput, match=r"layer 0: .*uint16"):
+            writer.append(0, np.ones((2, 16, 8), dtype), np.ones((2, 16, 8), dtype))
+        writer.discard()
+
+
+def test_nothing_follows_an_append_that_ended_inside_a_chunk(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        writer = writer_of(db)
+        writer.append(0, zeros(SMALL, 17), zeros(SMALL, 17))
+        with pytest.raises(InvalidInput, match="whole number of chunks"):
+            writer.append(0, zeros(SMALL, 1), zeros(SMALL, 1))
+        writer.discard()
+
+
+def test_no_more_is_taken_than_was_reserved(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        writer = writer_of(db, capacity=2)
+        with pytest.raises(InvalidInput, match="at most 32"):
+            writer.append(0, zeros(SMALL, 33), zeros(SMALL, 33))
+        writer.append(0, zeros(SMALL, 32), zeros(SMALL, 32))
+        writer.discard()
+
+
+def test_a_lagging_layer_is_not_sealed(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        writer = writer_of(db)
+        writer.append(0, zeros(SMALL, 16), zeros(SMALL, 16))
+        with pytest.raises(InvalidInput, match=r"layers hold \[0, 16\] tokens, expected 16"):
+            db.commit(writer, token_list(16), token_list(0))
+        assert db.match(identity(), token_list(16)).tokens == 0
+
+
+@pytest.mark.parametrize("change", [{"start": 8}, {"capacity": 0}, {"capacity": 1025}])
+def test_a_segment_off_the_grid_or_too_long_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    with opened(tmp_path / "s") as db:
+        with pytest.raises(InvalidInput, match="on the grid"):
+            writer_of(db, **change)
+        assert list((tmp_path / "s" / "chunks").iterdir()) == [tmp_path / "s" / "chunks" / "zarr.json"]
+
+
+def test_a_discarded_writer_leaves_nothing(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        writer = writer_of(db, TWO_GROUPS)
+        writer.append(1, zeros(TWO_GROUPS, 16, 1), zeros(TWO_GROUPS, 16, 1))
+        writer.discard()
+        writer.discard()
+        assert [p.name for p in writer.folder.iterdir()] == ["lock"]
+
+
+def test_segment_names_are_128_random_bits() -> None:
+    names = {new_segment_id() for _ in range(100)}
+    assert len(names) == 100
+    assert {len(bytes.fromhex(name)) for name in names} == {16}

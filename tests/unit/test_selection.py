@@ -1,0 +1,171 @@
+"""A plan holds the sink, the recent window and the best of the rest, each once, and what it leaves unread is estimated.
+
+The oracle of a plan is NumPy in float64: softmax per query head, summed over the group, sorted. The oracle of covered mass
+is the sum of exponentials over every token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvdb.errors import InvalidInput
+from kvdb.runtime.selection import BoxSelector, Budget, Forced, covered_mass, plan
+
+FORCED = Forced.of(16)
+
+seeds = st.integers(0, 2**32 - 1)
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(FORCED.sink + FORCED.recent + 1, 60))
+
+
+def scores_of(shape: tuple[int, int, int], seed: int, width: float = 3.0) -> torch.Tensor:
+    return width * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def group_mass(scores: torch.Tensor, forced: Forced) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Estimated mass of each record between sink and recent window, (kv_heads, records)."""
+    middle = scores.double().numpy()[..., forced.sink : scores.shape[-1] - forced.recent]
+    e = np.exp(middle - middle.max(-1, keepdims=True))
+    return (e / e.sum(-1, keepdims=True)).sum(1)
+
+
+@pytest.mark.parametrize(("chunk_tokens", "sink", "recent"), [(16, 1, 4), (32, 1, 2), (64, 1, 1), (8, 2, 8)])
+def test_sink_and_recent_window_are_whole_chunks(chunk_tokens: int, sink: int, recent: int) -> None:
+    """16 and 64 tokens."""
+    assert Forced.of(chunk_tokens) == (sink, recent)
+
+
+@given(shapes, st.integers(0, 80), seeds)
+def test_a_plan_holds_what_is_forced_and_nothing_twice(
+    shape: tuple[int, int, int], take: int, seed: int
+) -> None:
+    heads, _, chunks = shape
+    chosen = plan(scores_of(shape, seed), take, FORCED)
+    expected = max(min(take, chunks), FORCED.sink + FORCED.recent)
+    assert chosen.chunks.shape == (heads, expected)
+    assert chosen.chunks.dtype == torch.int64
+    forced = {*range(FORCED.sink), *range(chunks - FORCED.recent, chunks)}
+    for row in chosen.chunks.tolist():
+        assert len(set(row)) == len(row)
+        assert forced <= set(row) <= set(range(chunks))
+        assert set(row[chosen.free]) == set(row) - forced
+
+
+@given(shapes, st.integers(0, 80), seeds)
+def test_the_free_part_of_a_plan_is_the_top_by_mass(shape: tuple[int, int, int], take: int, seed: int) -> None:
+    scores = scores_of(shape, seed)
+    chosen = plan(scores, take, FORCED)
+    free = chosen.free.stop - chosen.free.start
+    for row, mass in zip(chosen.chunks[:, chosen.free].tolist(), group_mass(scores, FORCED), strict=True):
+        best = np.sort(mass)[::-1][:free]
+        found = np.sort(mass[np.array(row, int) - FORCED.sink])[::-1]
+        # Equal but for swaps of records whose masses are equal in float32: each is a sum of `group` rounded terms.
+        assert np.allclose(found, best, rtol=16 * np.finfo(np.float32).eps, atol=0)
+
+
+def test_a_later_plan_does_not_change_an_earlier_one() -> None:
+    shape = (2, 3, 40)
+    first = plan(scores_of(shape, 1), 12, FORCED)
+    kept = first.chunks.clone()
+    plan(scores_of(shape, 2), 12, FORCED)
+    assert torch.equal(first.chunks, kept)
+
+
+def record_lse(logits: torch.Tensor) -> torch.Tensor:
+    """(kv_heads, group, chunks, chunk_tokens) -> true log-sum-exp per record."""
+    return torch.logsumexp(logits, -1)
+
+
+def chosen_lse(lse: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+    return lse.gather(2, chunks[:, None].expand(-1, lse.shape[1], -1))
+
+
+@given(shapes, st.integers(0, 40), st.floats(0.1, 8.0), seeds)
+def test_covered_mass_is_true_where_scores_are(
+    shape: tuple[int, int, int], take: int, width: float, seed: int
+) -> None:
+    """With the true log-sum-exp of each record for a score, covered mass is 1 - unread mass."""
+    g = torch.Generator().manual_seed(seed)
+    logits = width * torch.randn((*shape, 16), generator=g)
+    tail = width * torch.randn((*shape[:2], 5), generator=g)
+    true = record_lse(logits)
+    chosen = plan(true, take, FORCED)
+    found = covered_mass(true, chosen, chosen_lse(true, chosen.chunks), torch.logsumexp(tail, -1)).item()
+    every = logits.double().numpy()
+    top = max(every.max(), tail.max().item())
+    record = np.exp(every - top).sum(-1)  # [kv_heads, group, chunks]
+    total = record.sum(-1) + np.exp(tail.double().numpy() - top).sum(-1)
+    read = np.take_along_axis(record, chosen.chunks.numpy()[:, None].repeat(shape[1], 1), 2).sum(-1)
+    unread = (record.sum(-1) - read) / total
+    # sigmoid moves by a quarter of its argument's error: two log-sum-exps, and a shift of two more, of size L
+    slack = 8 * np.finfo(np.float32).eps * (true.abs().max().item() + math.log(shape[2]) + 1)
+    assert abs(found - (1 - unread).mean()) <= slack
+    assert 0.0 <= found <= 1.0
+
+
+@given(shapes, st.integers(0, 80), st.floats(0.0, 50.0), seeds)
+def test_covered_mass_is_a_share_whatever_the_scores(
+    shape: tuple[int, int, int], take: int, width: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    scores = width * torch.randn(shape, generator=g)
+    chosen = plan(scores, take, FORCED)
+    true = width * torch.randn((*shape[:2], chosen.chunks.shape[1]), generator=g)
+    found = covered_mass(scores, chosen, true, width * torch.randn(shape[:2], generator=g)).item()
+    assert 0.0 <= found <= 1.0
+
+
+def test_nothing_unread_is_all_covered() -> None:
+    scores = scores_of((2, 2, 20), 0)
+    chosen = plan(scores, 20, FORCED)
+    assert covered_mass(scores, chosen, chosen_lse(scores, chosen.chunks), torch.zeros(2, 2)).item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given_budget", "share", "tokens"),
+    [(None, 0.1, 2048), (0.25, 0.25, None), (1.0, 1.0, None), (512, 1.0, 512), (1, 1.0, 1)],
+)
+def test_a_float_budget_is_a_share_and_an_int_budget_tokens(
+    given_budget: float | int | None, share: float, tokens: int | None
+) -> None:
+    assert Budget.of(given_budget) == Budget(share, tokens)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 0.0, -0.1, 1.5, math.nan, math.inf, True, "0.1", [0.1]])
+def test_an_impossible_budget_is_refused_with_its_value(wrong: Any) -> None:
+    with pytest.raises(InvalidInput, match="budget") as info:
+        Budget.of(wrong)
+    assert str(wrong).strip("'") in str(info.value)
+
+
+@given(st.floats(0.001, 1.0), st.integers(0, 5000), st.sampled_from((16, 32)))
+def test_a_budget_is_never_exceeded(share: float, chunks: int, chunk_tokens: int) -> None:
+    assert Budget.of(share).chunks(chunks, chunk_tokens) <= share * chunks
+    tokens = max(1, int(share * 4000))
+    assert Budget.of(tokens).chunks(chunks, chunk_tokens) * chunk_tokens <= tokens
+    both = Budget.of(None).chunks(chunks, chunk_tokens)
+    assert both <= 0.1 * chunks
+    assert both * chunk_tokens <= 2048
+
+
+def test_different_budgets_have_different_fidelities() -> None:
+    budgets = [None, 0.1, 0.2, 1.0, 1, 2048, 512]
+    assert len({Budget.of(b).fidelity for b in budgets}) == len(budgets)
+
+
+def test_the_box_score_moves_from_the_centre_to_the_bound_as_beta_grows() -> None:
+    g = torch.Generator().manual_seed(0)
+    keys = torch.randn(7, 2, 16, 8, generator=g)  # [chunks, heads, tokens, dim]
+    abstract = torch.stack((keys.amin(2), keys.amax(2)), 2)
+    q = torch.randn(2, 3, 8, generator=g)
+    centre, half, bound = (BoxSelector(beta=b).score(q, BoxSelector().prepare(abstract)) for b in (0.0, 0.5, 1.0))
+    expected = torch.einsum("hgd,chd->hgc", q, (abstract[:, :, 0] + abstract[:, :, 1]) / 2)
+    assert torch.allclose(centre, expected, atol=8 * 8 * torch.finfo(torch.float32).eps * q.abs().max().item() * 4)
+    assert (centre <= half).all()
+    assert (half <= bound).all()

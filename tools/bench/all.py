@@ -1,0 +1,16 @@
+"""Every benchmark in turn, with its defaults: `make bench`. Results go to benchmarks/results/."""
+
+from __future__ import annotations
+
+from kvdb.tools.bench import decode, quality, reuse
+
+
+def run() -> None:
+    """Run them one after the other, so that none disturbs another."""
+    reuse.run()
+    decode.run()
+    quality.run()
+
+
+if __name__ == "__main__":
+    run()

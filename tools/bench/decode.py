@@ -1,0 +1,73 @@
+"""Decode step over a store against a dense DynamicCache in memory: paired, step by step, same context, same tokens.
+
+python -m kvdb.tools.bench.decode --tokens 7000 --threads 1
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import DynamicCache
+
+from kvdb.runtime import KVDBCache, attach
+from kvdb.tools.bench.setup import dense_cache, document_ids, median, real_model, temporary_store, write_result
+from kvdb.tools.models import LoadedModel
+
+
+def run(
+    tokens: Annotated[int, typer.Option(help="context length")] = 7000,
+    steps: Annotated[int, typer.Option(help="measured steps of each kind")] = 40,
+    threads: Annotated[int, typer.Option(help="torch threads")] = 1,
+) -> None:
+    """Median milliseconds per token for budgets 0.05 to 0.3 and exact, beside DynamicCache in the same loop."""
+    torch.set_num_threads(threads)
+    loaded = real_model()
+    ids = document_ids(loaded, tokens)
+    rows: list[dict[str, Any]] = []
+    with temporary_store() as db:
+        for budget in (0.05, 0.1, 0.2, 0.3, None):
+            options: dict[str, Any] = {"exact": True} if budget is None else {"budget": budget}
+            with attach(loaded.model, db, **options) as kv:
+                cache = kv.cache(ids)
+                rows.append({"budget": budget, **_paired(loaded, cache, ids, steps)})
+    table = Table(
+        "budget",
+        "KVDB ms",
+        "DynamicCache ms",
+        "no attention ms",
+        "DynamicCache / KVDB",
+        title=f"decode at {tokens} tokens",
+    )
+    for row in rows:
+        name = "exact" if row["budget"] is None else f"{row['budget']:.0%}"
+        table.add_row(
+            name, f"{row['kvdb_ms']:.1f}", f"{row['dense_ms']:.1f}", f"{row['floor_ms']:.1f}", f"{row['speedup']:.2f}x"
+        )
+    Console().print(table)
+    write_result("decode", {"tokens": tokens, "steps": steps, "rows": rows})
+
+
+def _paired(loaded: LoadedModel, cache: KVDBCache, ids: torch.Tensor, steps: int) -> dict[str, float]:
+    """One step of each kind in turn, so that a change of the machine's speed hits all alike."""
+    model: Any = loaded.model
+    dense, empty = dense_cache(cache, model.config), DynamicCache(config=model.config)
+    token = ids[:, -1:]
+    times: dict[str, list[float]] = {"kvdb": [], "dense": [], "floor": []}
+    with torch.no_grad():
+        for step in range(steps + 3):
+            for name, past in (("kvdb", cache), ("dense", dense), ("floor", empty)):
+                started = time.perf_counter()
+                model(input_ids=token, past_key_values=past, use_cache=True)
+                if step >= 3:
+                    times[name].append(1e3 * (time.perf_counter() - started))
+    ratios = [d / k for d, k in zip(times["dense"], times["kvdb"], strict=True)]
+    return {f"{name}_ms": median(values) for name, values in times.items()} | {"speedup": median(ratios)}
+
+
+if __name__ == "__main__":
+    typer.run(run)

@@ -1,0 +1,74 @@
+"""Where the command line writes: results to stdout, everything else to stderr, errors as one line or one JSON object.
+
+Exit codes: 0 fine, 1 a problem was found, 2 usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, Final
+
+from rich.console import Console
+from rich.text import Text
+
+from kvdb.errors import Damaged, KVDBError, StorageFull, StoreLocked
+
+PROBLEM: Final = 1
+BAD_INPUT: Final = 2
+INTERRUPTED: Final = 130
+_CONTROLS: Final = {c: "\N{REPLACEMENT CHARACTER}" for c in [*range(32), *range(127, 160)] if c not in b"\n\t"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a sentence about what was kept."""
+
+
+def stdout_console() -> Console:
+    """Into a pipe or a file lines are as long as they need to be, for grep."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 240)
+
+
+def stderr_console() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+
+
+def visible(text: str) -> str:
+    """Text from files or models without control characters, which could drive a terminal. Newlines and tabs stay."""
+    return text.translate(_CONTROLS)
+
+
+def report_error(error: BaseException, *, as_json: bool) -> int:
+    """Say what went wrong; returns the exit code."""
+    kind, message, code = _described(error)
+    if as_json:
+        described: dict[str, Any] = {"error": {"kind": kind, "message": message}}
+        print_json(described)
+    else:
+        label = "interrupted" if code == INTERRUPTED else "error"
+        line = Text.assemble((f"{label}: ", "bold yellow" if code == INTERRUPTED else "bold red"), message)
+        sys.stdout.flush()
+        stderr_console().print(line, soft_wrap=True)
+    return code
+
+
+def _described(error: BaseException) -> tuple[str, str, int]:
+    """(kind, message, exit code)."""
+    message = visible(" ".join(str(error).split()))
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", message or "stopped before anything was stored", INTERRUPTED
+    if isinstance(error, KVDBError):
+        found = isinstance(error, Damaged | StorageFull | StoreLocked)
+        return error.kind, message, PROBLEM if found else BAD_INPUT
+    if isinstance(error, OSError):
+        where = visible(str(error.filename)) if error.filename is not None else ""
+        reason = error.strerror or message or type(error).__name__
+        return "os-error", f"{where}: {reason}" if where else reason, PROBLEM
+    unexpected = (
+        f"unexpected {type(error).__name__}: {message}; set KVDB_DEBUG=1 for the traceback, and please report it"
+    )
+    return "internal", unexpected, PROBLEM

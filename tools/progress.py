@@ -1,0 +1,73 @@
+"""The prefill's progress bar: tokens per second, bytes written, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from kvdb.tools.sizes import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from kvdb.runtime.prefill import PrefillProgress
+
+MIN_TOKENS: Final = 256
+"""Fewer tokens than this are done before a bar could be read."""
+
+
+@contextmanager
+def prefill_bar(console: Console, *, total: int, reused: int) -> Iterator[Callable[[PrefillProgress], None]]:
+    """Shows a prefill from token `reused` to token `total`; where stderr is no terminal, one line when it is done."""
+    if total - reused < MIN_TOKENS:
+        yield lambda _: None
+        return
+    started = time.monotonic()
+    bar = Progress(
+        TextColumn("prefill"),
+        BarColumn(bar_width=24),
+        _Counts(),
+        console=console,
+        disable=not console.is_terminal,
+        refresh_per_second=4,
+    )
+    task = bar.add_task("prefill", total=total, completed=reused, reused=reused, written=0, at=0.0)
+    written = 0
+
+    def update(progress: PrefillProgress) -> None:
+        nonlocal written
+        written = progress.kv_bytes_written
+        bar.update(task, completed=progress.done_tokens, written=written, at=time.monotonic() - started)
+
+    with bar:
+        yield update
+    if not console.is_terminal:
+        seconds = time.monotonic() - started
+        console.print(
+            f"prefill: {total - reused:,} tokens in {seconds_text(seconds)} "
+            f"({(total - reused) / seconds:,.0f} tokens/s), {bytes_text(written)} written"
+        )
+
+
+class _Counts(ProgressColumn):
+    """Blocks come every few seconds; in between, the time left counts down from the last block's rate."""
+
+    def render(self, task: Task) -> Text:
+        done, total, at = int(task.completed), int(task.total or 0), task.fields["at"]
+        text = Text(f"{done:,} / {total:,} tokens")
+        fresh = done - task.fields["reused"]
+        if fresh <= 0 or at <= 0:
+            return text
+        rate = fresh / at
+        text.append(f"  {rate:,.0f} tokens/s", style="cyan")
+        text.append(f"  {bytes_text(task.fields['written'])} written", style="magenta")
+        if done < total:
+            left = (total - done) / rate - ((task.elapsed or at) - at)
+            text.append(f"  {seconds_text(max(1.0, left))} left", style="yellow")
+        else:
+            text.append(f"  {seconds_text(at)}", style="yellow")
+        return text
