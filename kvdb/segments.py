@@ -177,6 +177,22 @@ class SegmentWriter:
             self._write(format.abstract_array(self.info.segment, name, group), stored, offset)
         self.written[layer] = done + tokens
 
+    def keep(self, tokens: int) -> None:
+        """Forget what layers hold beyond the first `tokens`, a whole number of chunks: an interrupted pass leaves some
+        layers ahead of others. Their bytes stay in the files, in slots that the index does not name.
+
+        raises  InvalidInput when a layer holds less
+        """
+        geometry = self.info.geometry
+        if tokens % geometry.chunk_tokens or tokens > min(self.written.values()):
+            raise InvalidInput(
+                f"segment {self.info.segment}: keep {tokens} tokens, expected a whole number of chunks and at most "
+                f"{min(self.written.values())}, which every layer holds"
+            )
+        for g, digests in zip(geometry.groups, self._digests, strict=True):
+            digests.reshape(len(g.layers), -1)[:, tokens // geometry.chunk_tokens * g.kv_heads :] = 0
+        self.written = dict.fromkeys(geometry.layers, tokens)
+
     def seal(self, token_ids: Tokens) -> SegmentInfo:
         """Complete the files and force them to disk. All layers must hold exactly `len(token_ids)` tokens.
 

@@ -261,6 +261,9 @@ class History:
             raise
         start = writer.info.start
         tokens = min(*writer.written.values(), len(self.tokens) - start)
+        if max(writer.written.values()) != tokens:  # an interrupted step: some layers, or all, are ahead
+            tokens = self.geometry.grid_floor(max(0, tokens))
+            writer.keep(tokens)
         self._writer, self._submitted = None, {}
         if tokens <= 0:
             self._reader.forget(writer.info.segment)

@@ -20,12 +20,14 @@ class WriteBehind:
 
     def submit(self, layer: int, write: Callable[[], None]) -> None:
         """Queue a write of one layer; writes happen in the order of submission."""
+        self._raise_failure()
         while len(self._pending) >= self._depth:
             self._finish_oldest()
         self._pending.append((layer, self._pool.submit(self._guarded, write)))
 
     def wait(self, layer: int | None = None) -> None:
         """Return once all writes of `layer` (or of every layer) are done."""
+        self._raise_failure()
         while any(layer in (None, pending) for pending, _ in self._pending):
             self._finish_oldest()
 
@@ -50,6 +52,10 @@ class WriteBehind:
                 raise
 
     def _finish_oldest(self) -> None:
+        self._pending[0][1].exception()  # wait first: Ctrl-C while waiting must not lose a write that still runs
         self._pending.popleft()[1].result()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
         if self._failed is not None:
             raise self._failed

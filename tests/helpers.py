@@ -27,9 +27,7 @@ from kvdb.store import Mode
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SMALL = Geometry(
-    dtype="bfloat16", chunk_tokens=16, groups=(LayerGroup(layers=(0, 2), kv_heads=2, head_dim=8),)
-)
+SMALL = Geometry(dtype="bfloat16", chunk_tokens=16, groups=(LayerGroup(layers=(0, 2), kv_heads=2, head_dim=8),))
 """Two layers, two heads: as cheap as a segment gets and still has more than one of everything."""
 
 TWO_GROUPS = Geometry(
@@ -185,9 +183,7 @@ def assert_reads_back(db: KVDB, tokens: Array, spans: tuple[Span, ...]) -> None:
             position += count
             expected = model_kv(info.geometry, tokens, info.start, info.start + count, salt=info.fidelity)
             for layer in info.geometry.layers:
-                for found, wanted in zip(
-                    read_kv(reader, segment, layer, count), expected[layer], strict=True
-                ):
+                for found, wanted in zip(read_kv(reader, segment, layer, count), expected[layer], strict=True):
                     assert np.array_equal(found.view(np.uint8), np.ascontiguousarray(wanted).view(np.uint8))
     finally:
         reader.close()

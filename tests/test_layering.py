@@ -14,7 +14,9 @@ from helpers import finish, python
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
-    "kvdb." + ("" if folder == "kvdb" else folder + ".") + ".".join(path.relative_to(ROOT / folder).with_suffix("").parts): path
+    "kvdb."
+    + ("" if folder == "kvdb" else folder + ".")
+    + ".".join(path.relative_to(ROOT / folder).with_suffix("").parts): path
     for folder in ("kvdb", "runtime", "tools")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
@@ -40,9 +42,7 @@ def imports(source: str, package: str = "kvdb") -> Iterator[str]:
 
 
 def upward(source: str, forbidden: tuple[str, ...], package: str = "kvdb") -> set[str]:
-    return {
-        name for name in imports(source, package) if any(name == f or name.startswith(f + ".") for f in forbidden)
-    }
+    return {name for name in imports(source, package) if any(name == f or name.startswith(f + ".") for f in forbidden)}
 
 
 def dangers(source: str) -> set[str]:

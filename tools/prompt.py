@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONTENT: Final = "kvdb-content-goes-here"
-_ASK: Final = "Answer this question about the text above: "
+_BRIEFLY: Final = " Answer in one or two sentences."
+"""Small models go on until they repeat themselves when nothing tells them to stop."""
 
 
 class Prompt(NamedTuple):
@@ -35,7 +36,7 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, document: str, question: st
     if tokenizer.chat_template:
         before, after = _around_content(tokenizer)
         first = _ids(tokenizer, before)
-        ask = f"{_ASK}{question}"
+        ask = f"{question}{_BRIEFLY}"
     else:
         first, after = _bos(tokenizer), "\nAnswer:"
         ask = f"Question: {question}"

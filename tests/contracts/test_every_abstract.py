@@ -57,9 +57,7 @@ def test_an_abstract_has_its_declared_shape_and_leaves_the_keys_alone(
 
 @every_abstract
 @given(given_keys=keys_and_tokens(), noise=st.sampled_from([-1e30, 0.0, 1e30]))
-def test_padding_never_shows_in_an_abstract(
-    abstract: Abstract, given_keys: tuple[Array, int], noise: float
-) -> None:
+def test_padding_never_shows_in_an_abstract(abstract: Abstract, given_keys: tuple[Array, int], noise: float) -> None:
     keys, tokens = given_keys
     heads, chunks, chunk_tokens, dim = keys.shape
     noisy = keys.reshape(heads, chunks * chunk_tokens, dim).copy()

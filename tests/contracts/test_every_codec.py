@@ -51,9 +51,7 @@ def test_rows_have_the_length_that_was_announced(
 @every_codec
 @every_dtype
 @given(seed=seeds(), n=st.integers(1, 4))
-def test_decoding_overwrites_everything_and_modifies_no_row(
-    kind: type[Codec], dtype: str, seed: int, n: int
-) -> None:
+def test_decoding_overwrites_everything_and_modifies_no_row(kind: type[Codec], dtype: str, seed: int, n: int) -> None:
     codec, values = kind(), records(seed, n, 16, 8, dtype)
     rows = codec.encode(values)
     before = rows.copy()

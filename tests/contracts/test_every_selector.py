@@ -102,9 +102,7 @@ def test_a_record_that_holds_the_querys_own_direction_scores_highest(selector: S
 
 
 @given(size=sizes, seed=seeds)
-def test_with_beta_one_the_box_score_is_an_upper_bound_of_every_key(
-    size: tuple[int, int, int, int], seed: int
-) -> None:
+def test_with_beta_one_the_box_score_is_an_upper_bound_of_every_key(size: tuple[int, int, int, int], seed: int) -> None:
     selector = BoxSelector(beta=1.0)
     keys, q = keys_and_query(size, seed)
     bounds = selector.score(q, selector.prepare(abstract_of(selector, keys))).double().numpy()

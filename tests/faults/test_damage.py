@@ -74,9 +74,7 @@ def find_flip(case: Case, root: Path, group: int, offset: int, bit: int) -> None
 
 
 @given(data=st.data(), group=st.integers(0, 1), bit=st.integers(0, 7))
-def test_a_flipped_bit_of_a_record_is_found_and_named(
-    case: Case, data: st.DataObject, group: int, bit: int
-) -> None:
+def test_a_flipped_bit_of_a_record_is_found_and_named(case: Case, data: st.DataObject, group: int, bit: int) -> None:
     g, row = TWO_GROUPS.groups[group], TWO_GROUPS.record_bytes(group)
     layer = data.draw(st.integers(0, len(g.layers) - 1))
     inside = data.draw(st.integers(0, case.info.chunks * g.kv_heads * row - 1))
@@ -140,9 +138,7 @@ def test_a_flipped_bit_anywhere_in_a_data_file_is_found(case: Case, tmp_path: Pa
 
 
 @pytest.mark.parametrize("array", ["kv0", "kv1", "box0"])
-def test_a_flipped_bit_of_metadata_is_found_unless_json_ignores_it(
-    case: Case, tmp_path: Path, array: str
-) -> None:
+def test_a_flipped_bit_of_metadata_is_found_unless_json_ignores_it(case: Case, tmp_path: Path, array: str) -> None:
     root = case.copy(tmp_path / "s")
     path = case.file(root, array, "zarr.json")
     data = path.read_bytes()
@@ -157,9 +153,7 @@ def test_a_flipped_bit_of_metadata_is_found_unless_json_ignores_it(
 @pytest.mark.parametrize("name", ["c.0.0.0.0.0", "zarr.json"])
 @pytest.mark.parametrize("array", ["kv0", "kv1", "box0", "box1"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "short by one", "long by one"])
-def test_a_missing_or_resized_file_is_found(
-    case: Case, tmp_path: Path, array: str, name: str, damage: str
-) -> None:
+def test_a_missing_or_resized_file_is_found(case: Case, tmp_path: Path, array: str, name: str, damage: str) -> None:
     root = case.copy(tmp_path / "s")
     path = case.file(root, array, name)
     data = path.read_bytes()

@@ -133,9 +133,7 @@ def test_a_failing_call_during_creation_leaves_a_place_to_create_a_store(tmp_pat
 
 
 @pytest.mark.parametrize("error", [lmdb.MapFullError("full"), lmdb.DiskError("disk")], ids=["map full", "disk"])
-def test_a_full_catalog_commits_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: lmdb.Error
-) -> None:
+def test_a_full_catalog_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: lmdb.Error) -> None:
     def full(*_: object) -> None:
         raise error
 
@@ -150,9 +148,7 @@ def test_a_full_catalog_commits_nothing(
 
 
 @pytest.mark.parametrize("effect", ["rename", "fsync"])
-def test_an_error_that_is_swallowed_would_be_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, effect: str
-) -> None:
+def test_an_error_that_is_swallowed_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, effect: str) -> None:
     """A planted bug: the engine goes on as if a failed rename had worked, or as if no fsync were needed."""
     if effect == "rename":
         monkeypatch.setattr("kvdb.files.rename", lambda source, target: None)

@@ -149,9 +149,7 @@ def test_the_judge_sees_that_sweeping_was_skipped(
     assert seen > 10
 
 
-def test_the_judge_sees_entries_committed_before_their_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_judge_sees_entries_committed_before_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SegmentWriter, "publish", lambda self, chunks: Segment(self.info, chunks))
     with KVDB.open(tmp_path / "s") as db:
         extend(db, OLD)

@@ -10,8 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from helpers import flip, opened
 from typer.testing import CliRunner
 
 from kvdb import KVDB
-from kvdb.tools import ask as ask_module
 from kvdb.tools import inspect as inspect_module
 from kvdb.tools.cli import app
 from kvdb.tools.prompt import build_prompt
@@ -166,31 +163,45 @@ def test_two_processes_may_ask_at_once(tiny: Path, document: Path, tmp_path: Pat
         assert len(db.sequences()) == 1
 
 
+@pytest.mark.parametrize("where", ["between blocks", "between layers", "after the layers"])
 def test_ctrl_c_during_prefill_says_what_is_kept_and_asking_again_goes_on(
-    tiny: Path, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    @contextmanager
-    def interrupting(*_: object, **__: object) -> Iterator[Callable[[object], None]]:
-        def at_the_second_block(progress: Any) -> None:
-            if progress.done_tokens > 1024:
-                raise KeyboardInterrupt
-
-        yield at_the_second_block
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
     store = tmp_path / "a.kvdb"
     job = ("ask", store, "Who?", "--document", document, "--model", tiny, "--exact", "--max-new-tokens", 2)
+    if where == "between blocks":
+        owner, kept, calls = LlamaDecoderLayer, 1024, 3  # two layers: the third call begins the second block
+    elif where == "between layers":
+        owner, kept, calls = LlamaDecoderLayer, 1024, 4
+    else:
+        owner, kept, calls = LlamaRMSNorm, 1024, 10  # five norms a block, the last one after both layers
+    original, seen = owner.forward, 0
+
+    def interrupting(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        if seen == calls:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
     with monkeypatch.context() as patched:
-        patched.setattr(ask_module, "prefill_bar", interrupting)
+        patched.setattr(owner, "forward", interrupting)
         code, out, err = here(*job)
     assert code == 130
     assert out == ""
-    assert err.splitlines()[-1].startswith("interrupted: 2,048 of 2,")
+    assert err.splitlines()[-1].startswith(f"interrupted: {kept:,} of 2,")
     assert f"prompt tokens are kept in {store}; the same command goes on from there" in err
     with opened(store, "r"):
         pass
-    code, _, err = here(*job)
+    code, out, err = here(*job)
     assert code == 0
-    assert "reused 2,048 of " in err
+    assert f"reused {kept:,} of " in err
+    assert out == here(*job[:1], tmp_path / "whole.kvdb", *job[2:])[1]
+    with opened(store, "r"):
+        pass
 
 
 def test_questions_share_the_whole_document_and_text_makes_no_control_tokens(tiny: Path) -> None:

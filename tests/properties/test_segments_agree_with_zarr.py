@@ -49,9 +49,7 @@ def assert_agrees(library: Any, segment: Segment, tokens: Array) -> None:
 
 @every_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_cut_short_segment_of_1003_tokens_is_read_bit_for_bit(
-    library: Any, dtype: str, tmp_path: Path
-) -> None:
+def test_a_cut_short_segment_of_1003_tokens_is_read_bit_for_bit(library: Any, dtype: str, tmp_path: Path) -> None:
     geometry = Geometry(
         dtype=dtype,
         chunk_tokens=16,
@@ -90,9 +88,7 @@ def test_any_finite_bit_pattern_survives(
     geometry = Geometry(dtype=dtype, chunk_tokens=16, groups=(LayerGroup(layers=(0,), kv_heads=2, head_dim=4),))
     keys, values = finite_kv(seed, (2, 2, 20, 4), dtype)
     with opened(tmp_path_factory.mktemp("bits") / "s") as db:
-        writer = db.writer(
-            identity=identity(), fidelity="exact", geometry=geometry, parent=None, start=0, capacity=2
-        )
+        writer = db.writer(identity=identity(), fidelity="exact", geometry=geometry, parent=None, start=0, capacity=2)
         writer.append(0, keys, values)
         segment = db.commit(writer, token_list(20), token_list(0))
         db.put_sequence(identity(), segment, 20)
@@ -103,9 +99,7 @@ def test_any_finite_bit_pattern_survives(
 
 @every_library
 def test_abstracts_are_arrays_of_their_own(library: Any, tmp_path: Path) -> None:
-    geometry = Geometry(
-        dtype="float32", chunk_tokens=16, groups=(LayerGroup(layers=(2, 5), kv_heads=5, head_dim=80),)
-    )
+    geometry = Geometry(dtype="float32", chunk_tokens=16, groups=(LayerGroup(layers=(2, 5), kv_heads=5, head_dim=80),))
     tokens = token_list(50)
     with opened(tmp_path / "s") as db:
         segment, reader = extend(db, tokens, geometry=geometry, spare=2).last, db.reader()

@@ -19,7 +19,14 @@ import pytest
 from helpers import Array, assert_healthy, assert_reads_back, extend, identity, write_segment
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from kvdb import EXACT, KVDB
 from kvdb.errors import SequenceNotFound
@@ -216,9 +223,7 @@ def test_the_machine_sees_planted_bugs(monkeypatch: pytest.MonkeyPatch, bug: str
     if bug == "delete leaves segments":
         monkeypatch.setattr("kvdb.catalog.Transaction.unreferenced", lambda self: [])
     elif bug == "a match runs one token too far":
-        monkeypatch.setattr(
-            "kvdb.prefix.common_prefix", lambda a, b: min(common_prefix(a, b) + 1, len(a), len(b))
-        )
+        monkeypatch.setattr("kvdb.prefix.common_prefix", lambda a, b: min(common_prefix(a, b) + 1, len(a), len(b)))
     else:
         monkeypatch.setattr(KVDB, "_sweep", lambda self: None)
     quick = settings(machine_settings(), max_examples=60, derandomize=True, database=None, phases=_ONLY_GENERATE)

@@ -124,9 +124,7 @@ def test_an_open_reader_keeps_its_bytes_when_the_sequence_is_deleted(tmp_path: P
         assert_healthy(db)
 
 
-def test_the_map_forgets_what_it_touched_after_a_while(
-    segment: Segment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_map_forgets_what_it_touched_after_a_while(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MmapReader, "FORGET_AFTER", 2)
     reader = MmapReader()
     for _ in range(5):

@@ -204,7 +204,10 @@ def test_a_hostile_name_never_becomes_a_path(path: Path, name: str) -> None:
         key = extend(db, token_list(20), name=name).key
         assert db.sequence(name).key == key
         folders = {p.name for p in path.rglob("*") if p.is_dir()}
-        assert all(set(folder) <= set("0123456789abcdef.kvbox-") or folder in ("catalog", "chunks", "tmp") for folder in folders)
+        assert all(
+            set(folder) <= set("0123456789abcdef.kvbox-") or folder in ("catalog", "chunks", "tmp")
+            for folder in folders
+        )
         assert {p.name for p in path.parent.iterdir()} == {"store"}
         db.delete(name)
         assert db.sequences() == []
@@ -227,7 +230,9 @@ def test_a_missing_sequence_is_named_without_quotes_around_the_message(path: Pat
         extend(db, token_list(20), name="here")
         with pytest.raises(KeyError) as caught:
             db.sequence("gone")
-        assert str(caught.value).startswith("sequence 'gone': not in the store, expected a name or key such as ['here']")
+        assert str(caught.value).startswith(
+            "sequence 'gone': not in the store, expected a name or key such as ['here']"
+        )
 
 
 # -- sequences

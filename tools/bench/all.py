@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvdb.tools.bench import decode, quality, reuse
+from kvdb.tools.bench import decode, mass, quality, reuse
 
 
 def run() -> None:
@@ -10,6 +10,7 @@ def run() -> None:
     reuse.run()
     decode.run()
     quality.run()
+    mass.run()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvdb import KVDB
 from kvdb.runtime.attach import Attachment
-from kvdb.runtime.selection import Budget, BoxSelector
+from kvdb.runtime.selection import BoxSelector, Budget
 from kvdb.tools.bench.setup import document_ids, real_model, temporary_store, write_result
 from kvdb.tools.models import LoadedModel
 

@@ -1,6 +1,6 @@
 """Time to first token: reusing a stored prefix against prefilling the same prompt.
 
-    python -m kvdb.tools.bench.reuse --tokens 7000
+python -m kvdb.tools.bench.reuse --tokens 7000
 """
 
 from __future__ import annotations
