@@ -91,7 +91,7 @@ def test_an_abstract_is_the_same_however_appends_were_cut(
 @given(given_keys=keys_and_tokens(), seed=seeds())
 def test_a_box_bounds_the_score_of_every_key(given_keys: tuple[Array, int], seed: int) -> None:
     keys, tokens = given_keys
-    heads, chunks, chunk_tokens, dim = keys.shape
+    heads, _, chunk_tokens, dim = keys.shape
     box = ABSTRACTS["box"].build(keys, tokens).astype(np.float64)
     query = np.random.default_rng(seed).integers(-4096, 4097, (heads, dim)) / 64
     for token in range(tokens):

@@ -295,10 +295,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, as_json: bool) ->
             assert message in line, (case, line)
             assert [b for b in before if b.strip()] == [], case
         assert not (tmp_path / "new.kvdb").exists(), case
-        shutil_reset(tmp_path)
+        assert_nothing_changed(tmp_path)
 
 
-def shutil_reset(tmp_path: Path) -> None:
+def assert_nothing_changed(tmp_path: Path) -> None:
     """`bad_input` runs once; nothing a case does may change what the next one finds."""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.bin", "empty.txt", "newer.kvdb", "notes", "t.txt"]
 

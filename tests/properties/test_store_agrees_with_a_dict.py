@@ -52,7 +52,8 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         # Names in order of making: with random ones, ties between equal paths would make runs differ.
-        self.naming = patch("kvdb.store.new_segment_id", lambda ids=itertools.count(): f"{next(ids):032x}")
+        ids = itertools.count()
+        self.naming = patch("kvdb.store.new_segment_id", lambda: f"{next(ids):032x}")
         self.naming.start()
         self.root = Path(tempfile.mkdtemp(prefix="kvdb-machine-"))
         self.db = KVDB.open(self.root / "s")

@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 import lmdb
-import numpy as np
 import pytest
-from helpers import SMALL, extend, finish, identity, opened, python, token_list, write_segment
+from helpers import extend, finish, identity, opened, python, token_list, write_segment
 
 from kvdb import KVDB
 from kvdb.catalog import Catalog, spans_of
@@ -66,12 +65,17 @@ def test_an_entry_moved_to_another_key_is_damage(tmp_path: Path) -> None:
         db.info()
 
 
+def delete_and_fail(db: KVDB, key: str) -> None:
+    with db.catalog.begin(write=True) as txn:
+        txn.remove_sequence(txn.sequence(key))
+        raise ZeroDivisionError
+
+
 def test_what_a_failing_transaction_wrote_is_gone(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as db:
         stored = extend(db, token_list(40))
-        with pytest.raises(ZeroDivisionError), db.catalog.begin(write=True) as txn:
-            txn.remove_sequence(txn.sequence(stored.key))
-            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            delete_and_fail(db, stored.key)
         assert [s.key for s in db.sequences()] == [stored.key]
 
 
@@ -187,5 +191,3 @@ def test_a_segment_whose_parent_is_gone_is_not_published(tmp_path: Path) -> None
         assert db.match(identity(), tokens).tokens == 0
     with opened(tmp_path / "s") as db:
         assert db.info()["segments"] == 0
-        assert SMALL.chunks(40) == 3
-        assert np.array_equal(token_list(40), tokens)

@@ -124,8 +124,8 @@ def test_an_open_reader_keeps_its_bytes_when_the_sequence_is_deleted(tmp_path: P
         assert_healthy(db)
 
 
-def test_the_map_forgets_what_it_touched_after_a_while(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MmapReader, "FORGET_AFTER", 2)
+def test_asking_again_what_is_cached_changes_no_byte(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MmapReader, "LOOK_AGAIN_AFTER", 2)
     reader = MmapReader()
     for _ in range(5):
         keys = read_kv(reader, segment, 0, 50)[0]
