@@ -71,6 +71,13 @@ class Match(NamedTuple):
     reason: str
 
 
+class Committed(NamedTuple):
+    """A segment that is visible now, and the key of the sequence that ends in it."""
+
+    segment: Segment
+    sequence: str
+
+
 class KVDB:
     """An open store. Use `KVDB.open`; a context manager.
 
@@ -85,6 +92,7 @@ class KVDB:
         self.path, self.header, self.mode, self.salt, self.read_mode = path, header, mode, salt, read_mode
         self.readonly = mode == "r"
         self.catalog = Catalog(path / "catalog", readonly=self.readonly)
+        self._pid = os.getpid()
         self._workspace: Path | None = None
         self._workspace_lock: int | None = None
         if not self.readonly:
@@ -129,7 +137,8 @@ class KVDB:
     def close(self) -> None:
         """Close the store; closing twice is fine. Caches made from it must not be used any more."""
         if self._workspace is not None:
-            files.remove_tree(self._workspace)
+            if self._pid == os.getpid():  # a forked child must not remove its parent's
+                files.remove_tree(self._workspace)
             self._workspace = None
         if self._workspace_lock is not None:
             files.close(self._workspace_lock)
@@ -267,12 +276,22 @@ class KVDB:
             capacity=capacity,
         )
 
-    def commit(self, writer: SegmentWriter, token_ids: Tokens, prefix_tokens: Tokens) -> Segment:
-        """Seal a segment and make it visible. If another writer has stored the same tokens with the same identity,
-        fidelity and codec meanwhile, theirs is adopted and this one discarded.
+    def commit(
+        self,
+        writer: SegmentWriter,
+        token_ids: Tokens,
+        prefix_tokens: Tokens,
+        *,
+        model: str = "",
+        replaces: str | None = None,
+    ) -> Committed:
+        """Seal a segment and make it visible, with the unnamed sequence that ends in it: one transaction, so that nobody
+        can take the segment for unused. If another writer has stored the same tokens with the same identity, fidelity and
+        codec meanwhile, theirs is adopted and this one discarded.
 
-        token_ids      of the segment
-        prefix_tokens  of all positions before it
+        token_ids        of the segment
+        prefix_tokens    of all positions before it
+        model, replaces  as for `put_sequence`
         """
         try:
             info = writer.seal(token_ids)
@@ -280,12 +299,24 @@ class KVDB:
                 adopted = self._same(txn, info, np.concatenate((prefix_tokens, token_ids)))
                 if adopted is None:
                     txn.add_segment(info, writer.identity, token_ids)  # may refuse: so before any file moves
-                    return writer.publish(self.path / "chunks")
+                last = adopted or info
+                key = _record(txn, last, last.stop, name=None, model=model, replaces=replaces)
+                if adopted is None:
+                    writer.publish(self.path / "chunks")
         except BaseException:
-            writer.discard()
+            self._abandon(writer)
             raise
+        if adopted is not None:
+            writer.discard()
+        return Committed(Segment(last, self.path / "chunks"), key)
+
+    def _abandon(self, writer: SegmentWriter) -> None:
+        """Remove the files of a failed commit, unless it was interrupted after it had succeeded."""
         writer.discard()
-        return Segment(adopted, self.path / "chunks")
+        with self.catalog.begin() as txn:
+            if txn.segment(writer.info.segment) is None:
+                for array in writer.info.array_names():
+                    files.remove_tree(self.path / "chunks" / array)
 
     @staticmethod
     def _same(txn: Transaction, info: SegmentInfo, tokens: Tokens) -> SegmentInfo | None:
@@ -300,7 +331,6 @@ class KVDB:
 
     def put_sequence(
         self,
-        identity: Identity,
         last: Segment,
         tokens: int,
         *,
@@ -323,29 +353,8 @@ class KVDB:
             )
         if name is not None:
             check_name(name)
-        digest = identity.digest().hex()
         with self.catalog.begin(write=True) as txn:
-            path = txn.path(last.info.segment)
-            spans = spans_of(path, tokens)
-            used = {span.segment for span in spans}
-            kinds = [info.fidelity for info in path if info.segment in used and info.fidelity != EXACT]
-            now = files.now()
-            sequence = Sequence(
-                key=sequence_key(digest, spans),
-                name=name,
-                identity=digest,
-                tokens=tokens,
-                fidelity=kinds[-1] if kinds else EXACT,
-                spans=spans,
-                created=now,
-                last_used=now,
-                model=model,
-            )
-            older = None if replaces in (None, sequence.key) else txn.find_sequence(replaces or "")
-            if older is not None and older.name is None:
-                txn.remove_sequence(older)
-            txn.put_sequence(sequence)
-        return sequence.key
+            return _record(txn, last.info, tokens, name=name, model=model, replaces=replaces)
 
     def touch(self, identity: Identity, spans: tuple[Span, ...]) -> None:
         """Note that the sequence with exactly these spans was used now; nothing happens if there is none."""
@@ -439,6 +448,33 @@ class KVDB:
             for array in files.list_dir(self.path / "chunks"):
                 if array != format.METADATA_KEY and array.partition(".")[0] not in known:
                     files.remove_tree(self.path / "chunks" / array)
+
+
+def _record(
+    txn: Transaction, last: SegmentInfo, tokens: int, *, name: str | None, model: str, replaces: str | None
+) -> str:
+    """Enter the sequence of the first `tokens` tokens on the path to `last`."""
+    path = txn.path(last.segment)
+    spans = spans_of(path, tokens)
+    used = {span.segment for span in spans}
+    approximate = [info.fidelity for info in path if info.segment in used and info.fidelity != EXACT]
+    now = files.now()
+    sequence = Sequence(
+        key=sequence_key(last.identity, spans),
+        name=name,
+        identity=last.identity,
+        tokens=tokens,
+        fidelity=approximate[-1] if approximate else EXACT,
+        spans=spans,
+        created=now,
+        last_used=now,
+        model=model,
+    )
+    older = None if replaces in (None, sequence.key) else txn.find_sequence(replaces or "")
+    if older is not None and older.name is None:
+        txn.remove_sequence(older)
+    txn.put_sequence(sequence)
+    return sequence.key
 
 
 def check_name(name: str) -> str:

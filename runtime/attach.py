@@ -87,6 +87,7 @@ class Attachment:
             raise InvalidInput(
                 "attach: the model is attached already, expected a free one; leave the other 'with' block"
             )
+        self.identity()
         register()
         with ExitStack() as stack:
             previous = model.config._attn_implementation
@@ -117,8 +118,8 @@ class Attachment:
     # -- what users call
 
     def identity(self) -> Identity:
-        """Identity of the model's KV as it is now; rehashes only weights that changed."""
-        return model_identity(self.model, kv_dtype=_dtype(self.model), salt=self.db.salt)
+        """Identity of the model's KV as it is now. Weights were read at entry, and are again when a change is seen."""
+        return model_identity(self.model, kv_dtype=_dtype(self.model), salt=self.db.salt, fresh=self._stack is None)
 
     def match(self, input_ids: Tensor) -> Match:
         """Longest stored prefix of a prompt, and why it is not longer. Reads no KV.

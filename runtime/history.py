@@ -271,12 +271,13 @@ class History:
             return
         ids = np.asarray(self.tokens, "<u4")
         try:
-            segment = self.db.commit(writer, ids[start : start + tokens], ids[:start])
+            segment, self._recorded = self.db.commit(
+                writer, ids[start : start + tokens], ids[:start], model=self.model_label, replaces=self._recorded
+            )
         except BaseException:
             self._reader.forget(writer.info.segment)
             raise
         self._take(segment, start + tokens)
-        self.record(None)
 
     def record(self, name: str | None) -> str | None:
         """Make the sequence that ends with the last segment known to the store, under a name or unnamed.
@@ -286,7 +287,7 @@ class History:
         if self._last is None:
             return None
         key = self.db.put_sequence(
-            self.identity, self._last, self.stored_tokens, name=name, model=self.model_label, replaces=self._recorded
+            self._last, self.stored_tokens, name=name, model=self.model_label, replaces=self._recorded
         )
         self._recorded = key if name is None else None
         return key

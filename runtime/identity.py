@@ -1,7 +1,7 @@
 """What identifies a model's KV: a digest of its weights, and the config fields that change the mathematics.
 
 The weights digest covers names, shapes, dtypes and the bytes of every parameter and buffer, active adapters included
-(they are parameters). It is kept per model and taken again when any of them was replaced or written to.
+(they are parameters). Attaching reads them all; after that it is taken again when a change is seen.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ IRRELEVANT_FIELDS: Final = frozenset({
 _DIGESTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
 
-def model_identity(model: nn.Module, *, kv_dtype: torch.dtype, salt: str = "") -> Identity:
-    """Identity of the KV this model computes. Runs at memory speed; cheap when nothing changed since the last call."""
+def model_identity(model: nn.Module, *, kv_dtype: torch.dtype, salt: str = "", fresh: bool = True) -> Identity:
+    """Identity of the KV this model computes. Runs at memory speed; `fresh` as in `weights_digest`."""
     config = {
         name: json.dumps(value, sort_keys=True, default=str)
         for name, value in text_config(model).to_dict().items()
         if name not in IRRELEVANT_FIELDS and value is not None
     }
-    return Identity(weights=weights_digest(model), config=config, dtype=dtype_name(kv_dtype), salt=salt)
+    return Identity(weights=weights_digest(model, fresh=fresh), config=config, dtype=dtype_name(kv_dtype), salt=salt)
 
 
 def text_config(model: nn.Module) -> Any:
@@ -50,20 +50,33 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Hex SHA-256 over name, shape, dtype and xxh3-128 of the bytes of every parameter and buffer, in name order."""
+def weights_digest(model: nn.Module, *, fresh: bool = True) -> str:
+    """Hex SHA-256 over name, shape, dtype and xxh3-128 of the bytes of every parameter and buffer, in name order.
+
+    fresh  read every byte. False: a digest taken before is trusted as long as no tensor was replaced, written to as torch
+           counts it, or differs in a sample of its values (adapters are merged through `.data`, which torch does not count)
+    """
     tensors = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
-    state = tuple((name, t.data_ptr(), _version(t), tuple(t.shape), t.dtype) for name, t in tensors)
+    state = tuple((name, t.data_ptr(), _version(t), tuple(t.shape), t.dtype, _sample(t)) for name, t in tensors)
     known = _DIGESTS.get(model)
-    if known is not None and known[0] == state:
+    if not fresh and known is not None and known[0] == state:
         return known[1]
     h = hashlib.sha256(b"kvdb weights 1\0")
     for name, tensor in tensors:
-        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
         h.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        h.update(xxhash.xxh3_128_digest(data.data))
+        h.update(xxhash.xxh3_128_digest(_bytes(tensor.detach())))
     _DIGESTS[model] = (state, h.hexdigest())
     return h.hexdigest()
+
+
+def _sample(tensor: torch.Tensor) -> int:
+    """Digest of 64 values spread over a tensor."""
+    flat = tensor.detach().reshape(-1)
+    return xxhash.xxh3_64_intdigest(_bytes(flat[:: max(1, len(flat) // 64)]))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _version(tensor: torch.Tensor) -> int:

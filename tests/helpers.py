@@ -133,6 +133,7 @@ def extend(
     match = db.match(ident, tokens, exact=fidelity == EXACT)
     start, parent, written = 0, None, False
     last: Segment | None = None
+    recorded: str | None = None
     if match.tokens == len(tokens):
         start, last = match.tokens, db.segments(match.spans)[-1]
     elif match.tokens:
@@ -152,10 +153,10 @@ def extend(
             fidelity=fidelity,
             spare=spare,
         )
-        last = db.commit(writer, tokens[start:stop], tokens[:start])
+        last, recorded = db.commit(writer, tokens[start:stop], tokens[:start], model="a test", replaces=recorded)
         start, parent, written = stop, last.info.segment, True
-    key = db.put_sequence(ident, last, len(tokens), name=name, model="a test")
     assert last is not None
+    key = db.put_sequence(last, len(tokens), name=name, model="a test", replaces=recorded)
     return Stored(key, last, written)
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What `--json` prints, field for field.
 
-    restore_seconds     finding the stored prefix and mapping it; weights are hashed in it
+    restore_seconds     opening the store, hashing the weights, finding the stored prefix and mapping it
     time_to_first_token_seconds  restore + prefill + the first step of decoding; loading the model is not in it
     kv_bytes_stored     KV of this sequence on disk, shared prefixes included
     kv_bytes_read       requested from segments while decoding
@@ -99,11 +99,12 @@ def ask(
     from kvdb.runtime import attach
 
     loaded.model.config._name_or_path = loaded.name  # shown by `kvdb ls`: a short name rather than a cache folder
+    started = time.perf_counter()
     with (
         KVDB.open(store, read_mode=read_mode) as db,
         attach(loaded.model, db, budget=limit, exact=exact) as kv,
     ):
-        result, shown = _answer(kv, loaded, prompt, max_new_tokens, name, console, as_json)
+        result, shown = _answer(kv, loaded, prompt, max_new_tokens, name, console, as_json, started)
     if stats is not None:
         stats.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
     if as_json:
@@ -220,11 +221,11 @@ def _answer(
     name: str | None,
     console: Console,
     as_json: bool,
+    started: float,
 ) -> tuple[Result, _Shown]:
     import torch
 
     input_ids = torch.tensor([prompt.ids])
-    started = time.perf_counter()
     with _says_what_is_kept(kv, prompt):
         reused = kv.match(input_ids[:, :-1]).tokens
         matched = time.perf_counter()

@@ -57,7 +57,9 @@ def test_a_reader_of_another_process_sees_each_commit_whole(tmp_path: Path) -> N
     with opened(path, "r") as db:
         while writer.poll() is None:
             for sequence in db.sequences():
-                tokens = token_list(100, int((sequence.name or "n0")[1:]))
+                if sequence.name is None:  # what the writer has committed of its next one
+                    continue
+                tokens = token_list(100, int(sequence.name[1:]))
                 assert_reads_back(db, tokens, sequence.spans)
         finish(writer)
         assert len(db.sequences()) == 10

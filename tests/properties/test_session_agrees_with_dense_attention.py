@@ -20,7 +20,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_healthy, opened, tree_bytes
-from tiny_models import VOCABULARY, greedy, prompt, stock, tiny
+from tiny_models import (
+    VOCABULARY,
+    answer,
+    greedy,
+    one_thread,
+    prompt,
+    rounding,
+    stock,
+    stock_answer,
+    tiny,
+)
 from torch import Tensor, nn
 
 from kvdb import EXACT, KVDB
@@ -33,9 +43,21 @@ STOPS = (333, 1040, 1047, 1500)
 LONG = 1400  # selection starts at 1024 tokens
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return tiny()
+
+
+@pytest.fixture(scope="module")
+def slack(model: nn.Module) -> float:
+    """How far the logits of two correct runs may be apart."""
+    return rounding(model, tiny().double(), STOPS[-1])
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +103,7 @@ READINGS = [("a", "mmap")] * 6 + [("a", "pread")] * 3 + [("r", "mmap")]
 
 @pytest.mark.parametrize("seed", range(len(READINGS)), ids=[f"{i}-{m}-{r}" for i, (m, r) in enumerate(READINGS)])
 def test_a_prompt_reuses_exactly_what_is_stored_of_it_and_answers_the_same(
-    model: nn.Module, copied: tuple[Path, list[int]], seed: int
+    model: nn.Module, slack: float, copied: tuple[Path, list[int]], seed: int
 ) -> None:
     """Twenty random prompts each: 200 in all. What one stored, the next may reuse."""
     path, tokens = copied
@@ -98,8 +120,11 @@ def test_a_prompt_reuses_exactly_what_is_stored_of_it_and_answers_the_same(
                 cache = kv.cache(ids)
                 assert cache.metrics.reused_tokens == expected, f"case {case}"
                 assert cache.metrics.prefill_tokens == len(known) - expected
-                found = greedy(model, ids, cache, 4)
-            assert torch.equal(found, stock(model, ids, 4)), f"case {case}: {len(known)} tokens, {expected} reused"
+                found = answer(model, ids, cache)
+            right = stock_answer(model, ids)
+            where = f"case {case}: {len(known)} tokens, {expected} reused"
+            assert torch.equal(found.tokens, right.tokens), where
+            assert (found.logits - right.logits).abs().max() <= slack, where
             if mode != "r":
                 stored.append(known)
         assert_healthy(db)
@@ -279,7 +304,7 @@ def test_a_new_session_recomputes_exactly_what_was_approximate_and_both_are_kept
 
 
 def _one_chunk_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last stored chunk is read in place of the first one."""
+    """The last of the chunks asked for is read in place of the first one of all."""
     real = History._gather
 
     def wrong(self: History, parts: list[Part], layer: int, chunks: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -311,14 +336,17 @@ def _heads_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("plant", [_one_chunk_late, _tail_forgotten, _heads_swapped])
 def test_this_harness_notices_a_planted_bug(
-    model: nn.Module, copied: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch, plant: Callable[..., None]
+    model: nn.Module,
+    slack: float,
+    copied: tuple[Path, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    plant: Callable[..., None],
 ) -> None:
     path, tokens = copied
     plant(monkeypatch)
-    differ = 0
     with KVDB.open(path, "r") as db, attach(model, db, exact=True) as kv:
         for shared in (200, 700, 1203):
             ids = torch.tensor([[*tokens[:shared], 1, 2]])
-            differ += not torch.equal(greedy(model, ids, kv.cache(ids), 4), stock(model, ids, 4))
+            off = (answer(model, ids, kv.cache(ids)).logits - stock_answer(model, ids).logits).abs().max()
+            assert off > 10 * slack
         assert db.check() == []
-    assert differ

@@ -137,13 +137,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), ident=st.integers(0, 1), published=st.booleans())
     def crash(self, data: st.DataObject, ident: int, published: bool) -> None:
-        """The process dies with a writer open, or between a commit and its sequence; another opens the store."""
+        """The process dies with a writer open, or right after a commit; another opens the store."""
         tokens = self.draw_tokens(data)
         writer = write_segment(self.db, tokens, ident=IDENTITIES[ident])
         if published:
-            segment = self.db.commit(writer, tokens, tokens[:0])
-            if segment.info.segment not in self.segments:
-                self.segments[segment.info.segment] = KnownSegment(ident, EXACT, tokens.tolist())
+            self.learn_segments(ident, tokens, self.db.commit(writer, tokens, tokens[:0]).sequence)
         assert self.db._workspace_lock is not None
         os.close(self.db._workspace_lock)  # what death does to a lock
         self.db._workspace = self.db._workspace_lock = None

@@ -63,7 +63,10 @@ def with_config(field: str, value: Any) -> Callable[[nn.Module], nn.Module]:
 DIFFERENT: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "one weight": (changed_weight, "weights"),
     "dtype": (lambda model: copy.deepcopy(model).to(torch.float16), "dtype"),
-    "RoPE base": (with_config("rope_parameters", {"rope_type": "default", "rope_theta": 20_000.0}), "config.rope_parameters"),
+    "RoPE base": (
+        with_config("rope_parameters", {"rope_type": "default", "rope_theta": 20_000.0}),
+        "config.rope_parameters",
+    ),
     "norm epsilon": (with_config("rms_norm_eps", 1e-3), "config.rms_norm_eps"),
     "activation": (with_config("hidden_act", "gelu"), "config.hidden_act"),
     "an unknown field": (with_config("temperature_of_attention", 2.0), "config.temperature_of_attention"),
@@ -173,6 +176,14 @@ def test_a_weight_changed_through_its_data_is_seen() -> None:
     weight = model.model.layers[0].self_attn.k_proj.weight  # type: ignore[union-attr,index]
     weight.data[0, 0] += 0.5  # type: ignore[union-attr,index]
     assert weights_digest(model) != before
+
+
+def test_an_adapter_merged_through_data_is_seen_without_reading_every_byte() -> None:
+    model = tiny()
+    before = weights_digest(model)
+    weight = model.model.layers[0].self_attn.k_proj.weight  # type: ignore[union-attr,index]
+    weight.data += 0.5  # type: ignore[union-attr,operator]
+    assert weights_digest(model, fresh=False) != before
 
 
 def test_a_replaced_weight_is_seen() -> None:

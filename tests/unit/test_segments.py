@@ -56,13 +56,13 @@ def test_the_way_tokens_are_cut_into_appends_does_not_show(
                 stop = at + geometry.chunk_tokens * data.draw(st.integers(1, 3))
                 writer.append(layer, keys[:, at:stop], values[:, at:stop])
                 at = stop
-        segment, reader = db.commit(writer, token_list(tokens), token_list(0)), db.reader()
+        segment, reader = db.commit(writer, token_list(tokens), token_list(0)).segment, db.reader()
         for layer, (keys, values) in kv.items():
             found = read_kv(reader, segment, layer, tokens)
             assert np.array_equal(found[0], keys)
             assert np.array_equal(found[1], values)
         reader.close()
-        db.put_sequence(identity(), segment, tokens, name=None, model="")
+        db.put_sequence(segment, tokens, name=None, model="")
         assert_healthy(db)
 
 

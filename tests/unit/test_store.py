@@ -179,7 +179,7 @@ def test_mode_r_writes_nothing(path: Path) -> None:
         with pytest.raises(ReadOnly):
             write_segment(db, token_list(10))
         with pytest.raises(ReadOnly):
-            db.put_sequence(identity(), stored.last, 40)
+            db.put_sequence(stored.last, 40)
         with pytest.raises(ReadOnly):
             db.delete("n")
         with pytest.raises(ReadOnly):
@@ -243,13 +243,13 @@ def test_a_sequence_ends_inside_its_last_segment(path: Path, tokens: int) -> Non
     with opened(path) as db:
         stored = extend(db, token_list(40))
         with pytest.raises(InvalidInput, match=f"{tokens} tokens"):
-            db.put_sequence(identity(), stored.last, tokens)
+            db.put_sequence(stored.last, tokens)
 
 
 def test_a_sequence_may_end_before_its_segment_does(path: Path) -> None:
     with opened(path) as db:
         stored = extend(db, token_list(40))
-        key = db.put_sequence(identity(), stored.last, 23, name="short")
+        key = db.put_sequence(stored.last, 23, name="short")
         assert key != stored.key
         assert_reads_back(db, token_list(40), db.sequence("short").spans)
         assert db.sequence("short").tokens == 23
@@ -259,10 +259,10 @@ def test_a_replaced_sequence_is_forgotten_unless_it_has_a_name(path: Path) -> No
     with opened(path) as db:
         old = extend(db, token_list(40)[:20])
         new = extend(db, token_list(40))
-        db.put_sequence(identity(), new.last, 40, replaces=old.key)
+        db.put_sequence(new.last, 40, replaces=old.key)
         assert [s.key for s in db.sequences()] == [new.key]
         named = extend(db, token_list(40)[:20], name="kept")
-        db.put_sequence(identity(), new.last, 40, replaces=named.key)
+        db.put_sequence(new.last, 40, replaces=named.key)
         assert {s.key for s in db.sequences()} == {named.key, new.key}
 
 
@@ -297,8 +297,8 @@ def test_the_same_tokens_stored_twice_are_adopted(path: Path) -> None:
     tokens = token_list(40)
     with opened(path) as db:
         first, second = write_segment(db, tokens), write_segment(db, tokens)
-        one = db.commit(first, tokens, tokens[:0])
-        two = db.commit(second, tokens, tokens[:0])
+        one = db.commit(first, tokens, tokens[:0]).segment
+        two = db.commit(second, tokens, tokens[:0]).segment
         assert one == two
         assert kv_folders(path) == {one.info.segment}
 
@@ -386,7 +386,7 @@ db = KVDB.open(sys.argv[1])
 writer = write_segment(db, token_list(40))
 print("ready", flush=True)
 sys.stdin.readline()
-db.put_sequence(identity(), db.commit(writer, token_list(40), token_list(0)), 40)
+db.put_sequence(db.commit(writer, token_list(40), token_list(0)).segment, 40)
 print("done", flush=True)
 """
 
