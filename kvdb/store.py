@@ -1,10 +1,5 @@
 """KVDB: a store of KV on disk. Opens, finds prefixes, hands out writers, commits, lists, deletes.
 
-    STORE/kvdb.json   format, id, defaults: readable by a person
-          catalog/    LMDB: what exists
-          chunks/     Zarr v3: the bytes
-          tmp/        in flight, one folder per writer, owned through a lock
-
 The chain of a commit: payload -> index -> fsync -> rename -> fsync folder -> one synced LMDB transaction. Only the last
 step makes anything visible; what a dead writer left is removed at the next open for writing.
 """
@@ -12,7 +7,6 @@ step makes anything visible; what a dead writer left is removed at the next open
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from pathlib import Path
 from types import TracebackType
@@ -21,23 +15,22 @@ from typing import Any, Final, Literal, NamedTuple, Self
 import msgspec
 import numpy as np
 
-from kvdb import files, format
+from kvdb import files, folder, format
 from kvdb.catalog import Catalog, Found, Sequence, Span, Transaction, is_open, sequence_key, spans_of
 from kvdb.check import check_store
 from kvdb.codecs import Codec, Raw
 from kvdb.errors import (
     Damaged,
     InvalidInput,
-    NewerFormat,
-    NotAStore,
     Problem,
     ReadOnly,
     StoreError,
     StoreLocked,
     StoreNotFound,
 )
-from kvdb.format import FORMAT_VERSION, SegmentInfo
-from kvdb.geometry import CHUNK_TOKENS, Geometry
+from kvdb.folder import Header
+from kvdb.format import SegmentInfo
+from kvdb.geometry import Geometry
 from kvdb.identity import EXACT, Identity
 from kvdb.prefix import Tokens
 from kvdb.reader import READERS, Reader
@@ -46,18 +39,6 @@ from kvdb.segments import Segment, SegmentWriter, new_segment_id
 
 Mode = Literal["r", "r+", "a", "w", "w-"]
 _MODES: Final = ("r", "r+", "a", "w", "w-")
-_HEADER: Final = "kvdb.json"
-_PARTS: Final = ("catalog", "chunks", "tmp")
-
-
-class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """kvdb.json."""
-
-    format: int
-    store: str
-    created: float
-    chunk_tokens: int
-    codec: str
 
 
 class Match(NamedTuple):
@@ -96,7 +77,7 @@ class KVDB:
         self._workspace: Path | None = None
         self._workspace_lock: int | None = None
         if not self.readonly:
-            self._sweep()
+            folder.sweep(path, self.catalog)
 
     # -- opening and closing
 
@@ -111,20 +92,20 @@ class KVDB:
         if read_mode not in READERS:
             raise InvalidInput(f"KVDB.open: read_mode is {read_mode!r}, expected one of {sorted(READERS)}")
         root = Path(path)
-        exists = _state(root)
+        exists = folder.holds_store(root)
         if mode in ("r", "r+") and not exists:
             raise StoreNotFound(f"{root}: no store there, expected one for mode {mode!r}; use mode 'a' to create it")
         if mode == "w-" and exists:
             raise StoreError(f"{root}: a store is there, expected none for mode 'w-'; use mode 'a' to open it")
         if mode == "w" and exists:
-            read_header(root)  # refuses to replace what is no store or a newer one
+            folder.read_header(root)  # refuses to replace what is no store or a newer one
             if is_open(root / "catalog"):
                 raise StoreError(f"{root}: open in this process, expected it closed for mode 'w'; close it first")
             files.remove_tree(root)
             exists = False
         if not exists:
-            _create(root)
-        return cls(root, read_header(root), mode=mode, salt=salt, read_mode=read_mode)
+            folder.create(root)
+        return cls(root, folder.read_header(root), mode=mode, salt=salt, read_mode=read_mode)
 
     def __enter__(self) -> Self:
         return self
@@ -422,33 +403,6 @@ class KVDB:
                     files.close(fd)
         return self._workspace
 
-    def _sweep(self) -> None:
-        """Remove what dead writers left: all that is not locked in tmp/, arrays in chunks/ that no entry names.
-
-        Publishing happens inside a write transaction, so inside one of ours nothing is half published.
-        """
-        for name in files.list_dir(self.path / "tmp"):
-            workspace = self.path / "tmp" / name
-            try:
-                fd = files.lock(workspace / "lock", timeout_s=0, create=False)
-            except StoreLocked:
-                continue
-            except (
-                FileNotFoundError,
-                NotADirectoryError,
-            ):  # its maker died before the lock, or while creating the store
-                files.remove_tree(workspace)
-                continue
-            try:
-                files.remove_tree(workspace)
-            finally:
-                files.close(fd)
-        with self.catalog.begin(write=True) as txn:
-            known = set(txn.segment_ids())
-            for array in files.list_dir(self.path / "chunks"):
-                if array != format.METADATA_KEY and array.partition(".")[0] not in known:
-                    files.remove_tree(self.path / "chunks" / array)
-
 
 def _record(
     txn: Transaction, last: SegmentInfo, tokens: int, *, name: str | None, model: str, replaces: str | None
@@ -482,68 +436,3 @@ def check_name(name: str) -> str:
     if not (name.strip() and name.isprintable() and len(name) <= 512):
         raise InvalidInput(f"sequence: name is {name!r}, expected 1..512 printable characters")
     return name
-
-
-def _state(root: Path) -> bool:
-    """True for an existing store, False where one can be created; raises NotAStore for anything else."""
-    if root.is_symlink() and not root.exists():
-        raise NotAStore(f"{root}: a dangling symbolic link, expected a folder or nothing")
-    if not root.exists():
-        return False
-    if not root.is_dir():
-        raise NotAStore(f"{root}: a file, expected a folder with {_HEADER}; choose another path")
-    if (root / _HEADER).exists():
-        return True
-    if not {path.name for path in root.iterdir()} <= set(_PARTS):  # the parts alone: somebody is, or was, creating it
-        raise NotAStore(f"{root}: a folder without {_HEADER}, expected a store or an empty folder; choose another path")
-    return False
-
-
-def _create(root: Path) -> None:
-    """Make an empty store. kvdb.json comes last: a folder without it is no store yet.
-
-    Two processes that create the same store at once both succeed: the first header wins.
-    """
-    root.parent.mkdir(parents=True, exist_ok=True)
-    files.mkdir(root, exist_ok=True)
-    for part in _PARTS:
-        files.mkdir(root / part, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        files.write_new(root / "chunks" / format.METADATA_KEY, format.group_metadata())
-    Catalog(root / "catalog", readonly=False).close()
-    header = Header(
-        format=FORMAT_VERSION,
-        store=os.urandom(16).hex(),
-        created=files.now(),
-        chunk_tokens=CHUNK_TOKENS,
-        codec=Raw.name,
-    )
-    draft = root / "tmp" / f"header-{os.urandom(8).hex()}"
-    files.write_new(draft, msgspec.json.format(msgspec.json.encode(header), indent=2) + b"\n")
-    with contextlib.suppress(FileExistsError, FileNotFoundError):  # another header won, and its opener may have swept
-        os.link(draft, root / _HEADER)
-    files.remove_tree(draft)
-    for folder in (root / "chunks", root / "catalog", root, root.parent):
-        files.fsync_dir(folder)
-
-
-def read_header(root: Path) -> Header:
-    """kvdb.json of a store.
-
-    raises  NotAStore, NewerFormat, Damaged
-    """
-    try:
-        data = files.read_file(root / _HEADER)
-    except OSError as e:
-        if e.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise NotAStore(f"{root}: no {_HEADER}, expected a store") from e
-        raise
-    try:
-        found = msgspec.json.decode(data)["format"]
-        if isinstance(found, int) and found > FORMAT_VERSION:
-            raise NewerFormat(
-                f"{root}: store of format {found}, expected at most {FORMAT_VERSION}; upgrade kvdb (nothing was changed)"
-            )
-        return msgspec.json.decode(data, type=Header)
-    except (msgspec.MsgspecError, KeyError, TypeError) as e:
-        raise Damaged(f"{root / _HEADER}: {e}, expected a KVDB header") from e

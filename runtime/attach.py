@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -77,7 +77,6 @@ class Attachment:
         self.geometry = _geometry(model, self.config, db)
         self._stack: ExitStack | None = None
         self._caches: list[KVDBCache] = []
-        self._causal: AbstractContextManager[None] | None = None
 
     # -- the with block
 
@@ -97,9 +96,11 @@ class Attachment:
             stack.callback(before.remove)
             after = model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
             stack.callback(after.remove)
-            prepare = model.prepare_inputs_for_generation
-            model.prepare_inputs_for_generation = self._checking_prompts(prepare)
-            stack.callback(delattr, model, "prepare_inputs_for_generation")
+            stack.callback(full_attention_is_causal, False)
+            name = "prepare_inputs_for_generation"
+            own = vars(model).get(name)  # somebody else's, put on the instance as ours will be
+            stack.callback(*((setattr, model, name, own) if own is not None else (delattr, model, name)))
+            setattr(model, name, self._checking_prompts(getattr(model, name)))
             stack.callback(self._close_caches)
             self._stack = stack.pop_all()
         return self
@@ -258,20 +259,18 @@ class Attachment:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
+        full_attention_is_causal(False)
         if not isinstance(cache, KVDBCache):
             return
         if cache not in self._caches:
             raise InvalidInput("forward: the KVDB cache belongs to another attachment, expected one of this one")
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         cache.begin_step(input_ids, kwargs.get("position_ids"), kwargs.get("attention_mask"))
-        self._causal = full_attention_is_causal()
-        self._causal.__enter__()
+        full_attention_is_causal(True)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values")
-        causal, self._causal = self._causal, None
-        if causal is not None:
-            causal.__exit__(None, None, None)
+        full_attention_is_causal(False)
         if isinstance(cache, KVDBCache):
             cache.end_step(failed=output is None)
 

@@ -6,8 +6,6 @@ KVDB does not hold (sliding windows, other caches) go to torch's scaled dot-prod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -20,20 +18,19 @@ from kvdb.errors import Unsupported
 from kvdb.runtime.layers import Handle
 
 IMPLEMENTATION: Final = "kvdb"
-_CHANGES_ATTENTION: Final = ("softcap", "s_aux", "sinks", "position_bias", "indices", "head_mask")
-"""Keywords that change what attention computes: refused unless None."""
+_IGNORED_BY_SDPA: Final = ("softcap", "s_aux", "sinks", "indices", "head_mask")
+_CHANGES_ATTENTION: Final = (*_IGNORED_BY_SDPA, "position_bias")
+"""Keywords that change what attention computes: refused unless None, by whichever function would not heed them."""
 
 _full_causal: ContextVar[bool] = ContextVar("kvdb_full_causal", default=False)
 
 
-@contextmanager
-def full_attention_is_causal() -> Iterator[None]:
-    """Within this block full-attention layers belong to a KVDB cache and need no mask."""
-    token = _full_causal.set(True)
-    try:
-        yield
-    finally:
-        _full_causal.reset(token)
+def full_attention_is_causal(yes: bool) -> None:
+    """True while full-attention layers belong to a KVDB cache and need no mask.
+
+    Set anew at the beginning of every forward pass: an interrupt (Ctrl-C) can leave a pass without its end.
+    """
+    _full_causal.set(yes)
 
 
 def kvdb_attention(
@@ -51,6 +48,8 @@ def kvdb_attention(
     raises  Unsupported for anything that is not plain causal softmax attention
     """
     if not isinstance(key, Handle):
+        if changed := [name for name in _IGNORED_BY_SDPA if kwargs.get(name) is not None]:
+            raise Unsupported(f"attention with {', '.join(changed)}, expected plain softmax attention; leave attach() to run it")
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

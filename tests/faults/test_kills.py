@@ -139,7 +139,7 @@ def test_a_killed_creation_can_be_repeated(tmp_path: Path) -> None:
 def test_the_judge_sees_that_sweeping_was_skipped(
     killed: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(KVDB, "_sweep", lambda self: None)
+    monkeypatch.setattr("kvdb.folder.sweep", lambda root, catalog: None)
     seen = 0
     for at, path in enumerate(killed):
         try:

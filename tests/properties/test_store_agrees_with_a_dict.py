@@ -224,7 +224,7 @@ def test_the_machine_sees_planted_bugs(monkeypatch: pytest.MonkeyPatch, bug: str
     elif bug == "a match runs one token too far":
         monkeypatch.setattr("kvdb.prefix.common_prefix", lambda a, b: min(common_prefix(a, b) + 1, len(a), len(b)))
     else:
-        monkeypatch.setattr(KVDB, "_sweep", lambda self: None)
+        monkeypatch.setattr("kvdb.folder.sweep", lambda root, catalog: None)
     quick = settings(machine_settings(), max_examples=60, derandomize=True, database=None, phases=_ONLY_GENERATE)
     with pytest.raises((AssertionError, ExceptionGroup)):
         run_state_machine_as_test(StoreMachine, settings=quick)

@@ -1,0 +1,128 @@
+"""The folder of a store: what makes it one, how it is created, and what dead writers left in it.
+
+STORE/kvdb.json   format, id, defaults: readable by a person
+      catalog/    LMDB: what exists
+      chunks/     Zarr v3: the bytes
+      tmp/        in flight, one folder per writer, owned through a lock
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from kvdb import files, format
+from kvdb.catalog import Catalog
+from kvdb.codecs import Raw
+from kvdb.errors import Damaged, NewerFormat, NotAStore, StoreLocked
+from kvdb.format import FORMAT_VERSION
+from kvdb.geometry import CHUNK_TOKENS
+
+_HEADER: Final = "kvdb.json"
+_PARTS: Final = ("catalog", "chunks", "tmp")
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """kvdb.json."""
+
+    format: int
+    store: str
+    created: float
+    chunk_tokens: int
+    codec: str
+
+
+def holds_store(root: Path) -> bool:
+    """True for an existing store, False where one can be created; raises NotAStore for anything else."""
+    if root.is_symlink() and not root.exists():
+        raise NotAStore(f"{root}: a dangling symbolic link, expected a folder or nothing")
+    if not root.exists():
+        return False
+    if not root.is_dir():
+        raise NotAStore(f"{root}: a file, expected a folder with {_HEADER}; choose another path")
+    if (root / _HEADER).exists():
+        return True
+    if not {path.name for path in root.iterdir()} <= set(_PARTS):  # the parts alone: somebody is, or was, creating it
+        raise NotAStore(f"{root}: a folder without {_HEADER}, expected a store or an empty folder; choose another path")
+    return False
+
+
+def create(root: Path) -> None:
+    """Make an empty store. kvdb.json comes last: a folder without it is no store yet.
+
+    Two processes that create the same store at once both succeed: the first header wins.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    files.mkdir(root, exist_ok=True)
+    for part in _PARTS:
+        files.mkdir(root / part, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        files.write_new(root / "chunks" / format.METADATA_KEY, format.group_metadata())
+    Catalog(root / "catalog", readonly=False).close()
+    header = Header(
+        format=FORMAT_VERSION,
+        store=os.urandom(16).hex(),
+        created=files.now(),
+        chunk_tokens=CHUNK_TOKENS,
+        codec=Raw.name,
+    )
+    draft = root / "tmp" / f"header-{os.urandom(8).hex()}"
+    files.write_new(draft, msgspec.json.format(msgspec.json.encode(header), indent=2) + b"\n")
+    with contextlib.suppress(FileExistsError, FileNotFoundError):  # another header won, and its opener may have swept
+        os.link(draft, root / _HEADER)
+    files.remove_tree(draft)
+    for folder in (root / "chunks", root / "catalog", root, root.parent):
+        files.fsync_dir(folder)
+
+
+def read_header(root: Path) -> Header:
+    """kvdb.json of a store.
+
+    raises  NotAStore, NewerFormat, Damaged
+    """
+    try:
+        data = files.read_file(root / _HEADER)
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise NotAStore(f"{root}: no {_HEADER}, expected a store") from e
+        raise
+    try:
+        found = msgspec.json.decode(data)["format"]
+        if isinstance(found, int) and found > FORMAT_VERSION:
+            raise NewerFormat(
+                f"{root}: store of format {found}, expected at most {FORMAT_VERSION}; upgrade kvdb (nothing was changed)"
+            )
+        return msgspec.json.decode(data, type=Header)
+    except (msgspec.MsgspecError, KeyError, TypeError) as e:
+        raise Damaged(f"{root / _HEADER}: {e}, expected a KVDB header") from e
+
+
+def sweep(root: Path, catalog: Catalog) -> None:
+    """Remove what dead writers left: all that is not locked in tmp/, arrays in chunks/ that no entry names.
+
+    Publishing happens inside a write transaction, so inside this one nothing is half published.
+    """
+    for name in files.list_dir(root / "tmp"):
+        workspace = root / "tmp" / name
+        try:
+            fd = files.lock(workspace / "lock", timeout_s=0, create=False)
+        except StoreLocked:
+            continue
+        except (FileNotFoundError, NotADirectoryError):
+            # Its maker died before taking the lock, or while creating the store.
+            files.remove_tree(workspace)
+            continue
+        try:
+            files.remove_tree(workspace)
+        finally:
+            files.close(fd)
+    with catalog.begin(write=True) as txn:
+        known = set(txn.segment_ids())
+        for array in files.list_dir(root / "chunks"):
+            if array != format.METADATA_KEY and array.partition(".")[0] not in known:
+                files.remove_tree(root / "chunks" / array)
