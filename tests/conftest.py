@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line: before torch is loaded
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
