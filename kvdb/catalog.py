@@ -41,7 +41,7 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sequence(msgspec.Struct, frozen=True, kw_only=True):
-    """A token list known to the store. `key` follows from identity and spans: the same sequence is stored once."""
+    """A token list known to the store. `key` follows from identity, spans and name: the same entry is stored once."""
 
     key: str
     name: str | None
@@ -61,10 +61,12 @@ class Found(NamedTuple):
     spans: tuple[Span, ...]
 
 
-def sequence_key(identity: str, spans: tuple[Span, ...]) -> str:
+def sequence_key(identity: str, spans: tuple[Span, ...], name: str | None) -> str:
     h = xxhash.xxh3_128(identity.encode())
     for span in spans:
         h.update(f"|{span.segment}:{span.start}:{span.stop}".encode())
+    if name is not None:
+        h.update(b"|" + name.encode(errors="surrogatepass"))
     return h.hexdigest()
 
 
@@ -103,11 +105,6 @@ def _environment(path: Path, *, readonly: bool) -> _Environment:
     env = _Environment(path, readonly=readonly)
     _ENVIRONMENTS[(key[0], readonly, key[1])] = env
     return env
-
-
-def is_open(path: Path) -> bool:
-    """True while any handle of this process has the catalog open."""
-    return any(key[0] == os.path.realpath(path) for key in _ENVIRONMENTS)
 
 
 @contextlib.contextmanager
@@ -168,8 +165,13 @@ class Transaction:
         return self._get("identities", bytes.fromhex(digest), Identity)
 
     def identities(self) -> dict[str, Identity]:
-        found = {key.hex(): self.identity(key.hex()) for key in self._keys("identities")}
-        return {digest: identity for digest, identity in found.items() if identity is not None}
+        """Every readable identity by its digest; damaged ones are left to `check`."""
+        found: dict[str, Identity] = {}
+        for key in self._keys("identities"):
+            with contextlib.suppress(Damaged):
+                if (identity := self.identity(key.hex())) is not None:
+                    found[key.hex()] = identity
+        return found
 
     def segment(self, segment: str) -> SegmentInfo | None:
         return self._get("segments", bytes.fromhex(segment), SegmentInfo)
@@ -261,15 +263,14 @@ class Transaction:
         if sequence.name is not None:
             older = self.named(sequence.name)
             if older is not None and older.key != sequence.key:
-                self._put("sequences", bytes.fromhex(older.key), msgspec.structs.replace(older, name=None))
+                self.remove_sequence(older)
+                key = sequence_key(older.identity, older.spans, None)
+                if self.find_sequence(key) is None:
+                    self._put("sequences", bytes.fromhex(key), msgspec.structs.replace(older, key=key, name=None))
             self._put("names", _name_key(sequence.name), sequence.key)
         previous = self.find_sequence(sequence.key)
         if previous is not None:
             sequence = msgspec.structs.replace(sequence, created=previous.created)
-            if sequence.name is None:
-                sequence = msgspec.structs.replace(sequence, name=previous.name)
-            elif previous.name not in (None, sequence.name):
-                self._txn.delete(_name_key(previous.name), db=self._env.db["names"])
         self._put("sequences", bytes.fromhex(sequence.key), sequence)
 
     def sequences(self) -> list[Sequence]:
@@ -305,11 +306,14 @@ class Transaction:
         if sequence.name is not None:
             self._txn.delete(_name_key(sequence.name), db=self._env.db["names"])
 
-    def unreferenced(self) -> list[SegmentInfo]:
-        """Segments that no sequence passes through, children before parents."""
+    def remove_unreferenced(self) -> list[SegmentInfo]:
+        """Remove and return the segments that no sequence passes through, children before parents."""
         live = {span.segment for s in self.sequences() for span in s.spans}
         dead = [info for i in self.segment_ids() if i not in live and (info := self.segment(i)) is not None]
-        return sorted(dead, key=lambda info: -info.start)
+        dead.sort(key=lambda info: -info.start)
+        for info in dead:
+            self.remove_segment(info)
+        return dead
 
 
 def spans_of(path: list[SegmentInfo], tokens: int) -> tuple[Span, ...]:
@@ -336,9 +340,16 @@ def _name_key(name: str) -> bytes:
 class Catalog:
     """Handle on a store's LMDB environment."""
 
-    def __init__(self, path: Path, *, readonly: bool) -> None:
+    def __init__(self, path: Path, *, readonly: bool, create: bool = False) -> None:
+        """create: make an empty catalog if there is none; otherwise a missing one is Damaged, never silently empty."""
         self.path, self.readonly = path, readonly
+        if not create and not (path / "data.mdb").exists():
+            raise Damaged(f"{path}: no data.mdb, expected the store's catalog; restore it, the chunks are untouched")
         self._env: _Environment | None = _environment(path, readonly=readonly)
+
+    @property
+    def closed(self) -> bool:
+        return self._env is None
 
     @contextlib.contextmanager
     def begin(self, *, write: bool = False) -> Iterator[Transaction]:

@@ -7,6 +7,7 @@
     │   ├── StoreNotFound (FileNotFoundError)
     │   ├── NotAStore
     │   ├── NewerFormat                  written by a later version: upgrade, nothing was touched
+    │   ├── PrefixDeleted                what a cache continues was deleted meanwhile: make the cache again
     │   ├── ReadOnly                     a write was asked of a store opened with mode "r"
     │   └── StoreLocked (TimeoutError)   another process holds the lock
     ├── StorageFull (OSError)            disk or quota is full: nothing was committed, earlier data is intact
@@ -53,6 +54,10 @@ class NotAStore(StoreError):
 
 class NewerFormat(StoreError):
     kind = "newer-format"
+
+
+class PrefixDeleted(StoreError):
+    kind = "prefix-deleted"
 
 
 class ReadOnly(StoreError):

@@ -111,9 +111,9 @@ def remove_tree(path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         return
-    for child in list_dir(path):
-        remove_tree(path / child)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):  # another process may be removing it too
+        for child in list_dir(path):
+            remove_tree(path / child)
         os.rmdir(path)
 
 
@@ -185,22 +185,24 @@ def write_new(path: Path, data: bytes) -> None:
         close(fd)
 
 
-def lock(path: Path, *, timeout_s: float, create: bool = True) -> int:
-    """Take an exclusive `flock` and return its descriptor; closing it (or dying) releases it.
+def lock(path: Path, *, timeout_s: float, create: bool = True, shared: bool = False) -> int:
+    """Take a `flock` and return its descriptor; closing it (or dying) releases it.
 
     raises  StoreLocked after `timeout_s` seconds
     """
     with _translated(path):
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), FILE_MODE)
+        access = os.O_RDONLY if shared else os.O_RDWR
+        fd = os.open(path, access | os.O_CLOEXEC | (os.O_CREAT if create else 0), FILE_MODE)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
             return fd
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 os.close(fd)
                 raise StoreLocked(
-                    f"{path}: locked by another process for {timeout_s:g} s, expected it to be free; try again later"
+                    f"{path}: in use for {timeout_s:g} s, expected it to be free; close what has it open, or try again later"
                 ) from None
             time.sleep(0.01)

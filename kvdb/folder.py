@@ -63,7 +63,7 @@ def create(root: Path) -> None:
         files.mkdir(root / part, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         files.write_new(root / "chunks" / format.METADATA_KEY, format.group_metadata())
-    Catalog(root / "catalog", readonly=False).close()
+    Catalog(root / "catalog", readonly=False, create=True).close()
     header = Header(
         format=FORMAT_VERSION,
         store=os.urandom(16).hex(),
@@ -102,6 +102,14 @@ def read_header(root: Path) -> Header:
         raise Damaged(f"{root / _HEADER}: {e}, expected a KVDB header") from e
 
 
+def hold(root: Path, *, exclusive: bool) -> int:
+    """Lock the store for as long as a handle is open, shared, or to replace it, exclusive; closing the fd releases it.
+
+    raises  StoreLocked when it is open elsewhere (exclusive) or being replaced (shared)
+    """
+    return files.lock(root / _HEADER, timeout_s=0 if exclusive else 5, create=False, shared=not exclusive)
+
+
 def sweep(root: Path, catalog: Catalog) -> None:
     """Remove what dead writers left: all that is not locked in tmp/, arrays in chunks/ that no entry names.
 
@@ -110,11 +118,10 @@ def sweep(root: Path, catalog: Catalog) -> None:
     for name in files.list_dir(root / "tmp"):
         workspace = root / "tmp" / name
         try:
-            fd = files.lock(workspace / "lock", timeout_s=0, create=False)
+            fd = files.lock(workspace / "lock", timeout_s=0)  # of a maker that died before taking it, too
         except StoreLocked:
             continue
-        except (FileNotFoundError, NotADirectoryError):
-            # Its maker died before taking the lock, or while creating the store.
+        except (FileNotFoundError, NotADirectoryError):  # gone already, or a draft of kvdb.json
             files.remove_tree(workspace)
             continue
         try:

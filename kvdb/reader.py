@@ -12,6 +12,7 @@ Not thread-safe: one reader per thread of generation.
 
 from __future__ import annotations
 
+import contextlib
 import mmap as _mmap
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -56,7 +57,7 @@ def _open_checked(path: Path, payload_bytes: int, info: SegmentInfo, group: int,
     where = f"segment {info.segment}"
     try:
         fd = files.open_read(path)
-    except OSError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         layer = info.geometry.groups[group].layers[0]
         raise Damaged(
             f"{where}, layer {layer}, file {path}: {e.strerror}, expected a shard of at least {payload_bytes} bytes; "
@@ -82,14 +83,17 @@ class Reader(ABC):
     def __init__(self) -> None:
         self.bytes_read = 0
         self._open: dict[tuple[str, int], _OpenArray] = {}
+        self._abstracts: dict[tuple[str, int, str], int] = {}  # descriptors
 
     def open(self, segment: Segment) -> None:
-        """Open all KV arrays of a segment now instead of at the first read.
+        """Open all files of a segment now instead of at the first read: what is open stays readable if it is deleted.
 
         raises  Damaged when a file is missing or short
         """
         for group in range(len(segment.info.geometry.groups)):
             self._array(segment, group)
+            for name in segment.info.abstracts:
+                self._abstract(segment, group, name)
 
     def read(self, segment: Segment, layer: int, records: Array, out: Array) -> None:
         """Bring records of one layer into memory, K planes first, then V planes.
@@ -120,35 +124,49 @@ class Reader(ABC):
         info = segment.info
         group, row = info.geometry.locate(layer)
         g, size = info.geometry.groups[group], abstract_bytes(info, group, name)
-        path = segment.folder / format.abstract_array(info.segment, name, group) / format.SHARD_KEY
-        try:
-            fd = files.open_read(path)
-        except OSError as e:
-            raise Damaged(f"segment {info.segment}, file {path}: {e.strerror}, expected its {name} abstract") from e
-        try:
-            data = files.pread(fd, size, row * size)
-        finally:
-            files.close(fd)
+        data = files.pread(self._abstract(segment, group, name), size, row * size)
         if len(data) != size:
             raise Damaged(
-                f"segment {info.segment}, layer {layer}, file {path}: {len(data)} bytes at {row * size}, expected {size}"
+                f"segment {info.segment}, layer {layer}, {name} abstract: {len(data)} bytes at {row * size}, "
+                f"expected {size}; run 'kvdb verify'"
             )
         stored = np.frombuffer(data, info.geometry.storage_dtype).reshape(info.capacity, g.kv_heads, -1, g.head_dim)
         return format.as_float32(stored[: info.chunks], info.geometry.dtype)
 
+    def _abstract(self, segment: Segment, group: int, name: str) -> int:
+        key = (segment.info.segment, group, name)
+        if key not in self._abstracts:
+            path = segment.folder / format.abstract_array(segment.info.segment, name, group) / format.SHARD_KEY
+            try:
+                self._abstracts[key] = files.open_read(path)
+            except (FileNotFoundError, NotADirectoryError) as e:
+                raise Damaged(
+                    f"segment {segment.info.segment}, file {path}: {e.strerror}, expected its {name} abstract; "
+                    "run 'kvdb verify' and delete the sequence to recompute it"
+                ) from e
+        return self._abstracts[key]
+
     def close(self) -> None:
         """Release descriptors and maps. Arrays handed out by nobody else: reads always copy."""
+        while self._abstracts:
+            files.close(self._abstracts.popitem()[1])
         while self._open:
-            array = self._open.popitem()[1]
-            files.close(array.fd)
-            array.view = array.planes = np.empty(0)
-            if array.base is not None:
+            self._release(self._open.popitem()[1])
+
+    @staticmethod
+    def _release(array: _OpenArray) -> None:
+        files.close(array.fd)
+        array.view = array.planes = np.empty(0)
+        if array.base is not None:
+            with contextlib.suppress(BufferError):  # a traceback still holds a view: the map goes with it
                 array.base.close()
 
     def forget(self, segment: str) -> None:
         """Drop a segment that was discarded."""
-        for key in [key for key in self._open if key[0] == segment]:
-            files.close(self._open.pop(key).fd)
+        for abstract in [key for key in self._abstracts if key[0] == segment]:
+            files.close(self._abstracts.pop(abstract))
+        for array in [key for key in self._open if key[0] == segment]:
+            self._release(self._open.pop(array))
 
     def _array(self, segment: Segment, group: int) -> _OpenArray:
         key = (segment.info.segment, group)

@@ -22,7 +22,7 @@ import xxhash
 from kvdb import files, format
 from kvdb.abstracts import ABSTRACTS
 from kvdb.codecs import CODECS, Codec
-from kvdb.errors import InvalidInput
+from kvdb.errors import InvalidInput, Unsupported
 from kvdb.format import CodecSpec, SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import Identity, check_fidelity
@@ -39,6 +39,16 @@ class Segment(NamedTuple):
 
 
 def codec_of(info: SegmentInfo) -> Codec:
+    """The codec a segment was written with.
+
+    raises  Unsupported for one that this version does not know
+    """
+    unknown = [a for a in info.abstracts if a not in ABSTRACTS]
+    if info.codec.name not in CODECS or unknown:
+        raise Unsupported(
+            f"segment {info.segment}: codec {info.codec.name!r}, abstracts {info.abstracts}, expected codecs "
+            f"{sorted(CODECS)} and abstracts {sorted(ABSTRACTS)}; upgrade kvdb"
+        )
     return CODECS[info.codec.name](**info.codec.config)
 
 

@@ -16,12 +16,13 @@ import msgspec
 import numpy as np
 
 from kvdb import files, folder, format
-from kvdb.catalog import Catalog, Found, Sequence, Span, Transaction, is_open, sequence_key, spans_of
+from kvdb.catalog import Catalog, Found, Sequence, Span, Transaction, sequence_key, spans_of
 from kvdb.check import check_store
 from kvdb.codecs import Codec, Raw
 from kvdb.errors import (
     Damaged,
     InvalidInput,
+    PrefixDeleted,
     Problem,
     ReadOnly,
     StoreError,
@@ -72,12 +73,17 @@ class KVDB:
     def __init__(self, path: Path, header: Header, *, mode: Mode, salt: str, read_mode: str) -> None:
         self.path, self.header, self.mode, self.salt, self.read_mode = path, header, mode, salt, read_mode
         self.readonly = mode == "r"
-        self.catalog = Catalog(path / "catalog", readonly=self.readonly)
         self._pid = os.getpid()
         self._workspace: Path | None = None
         self._workspace_lock: int | None = None
-        if not self.readonly:
-            folder.sweep(path, self.catalog)
+        self._held: int | None = folder.hold(path, exclusive=False)
+        try:
+            self.catalog = Catalog(path / "catalog", readonly=self.readonly)
+            if not self.readonly:
+                folder.sweep(path, self.catalog)
+        except BaseException:
+            files.close(self._held)
+            raise
 
     # -- opening and closing
 
@@ -99,9 +105,11 @@ class KVDB:
             raise StoreError(f"{root}: a store is there, expected none for mode 'w-'; use mode 'a' to open it")
         if mode == "w" and exists:
             folder.read_header(root)  # refuses to replace what is no store or a newer one
-            if is_open(root / "catalog"):
-                raise StoreError(f"{root}: open in this process, expected it closed for mode 'w'; close it first")
-            files.remove_tree(root)
+            held = folder.hold(root, exclusive=True)  # no handle of any process may be left with removed files
+            try:
+                files.remove_tree(root)
+            finally:
+                files.close(held)
             exists = False
         if not exists:
             folder.create(root)
@@ -125,6 +133,9 @@ class KVDB:
             files.close(self._workspace_lock)
             self._workspace_lock = None
         self.catalog.close()
+        if self._held is not None:
+            files.close(self._held)
+            self._held = None
 
     def reader(self) -> Reader:
         """A reader of its own for one thread of generation; close it after use."""
@@ -132,8 +143,17 @@ class KVDB:
 
     # -- reading
 
+    def find(self, identity: Identity, tokens: Tokens, *, exact: bool = True) -> tuple[Found, list[Segment]]:
+        """Longest stored prefix of `tokens` and the segments it lies in, as of one moment.
+
+        exact  only KV of fidelity "exact"
+        """
+        with self.catalog.begin() as txn:
+            found = txn.find(identity.digest().hex(), tokens, exact=exact)
+            return found, self._segments(txn, found.spans)
+
     def match(self, identity: Identity, tokens: Tokens, *, exact: bool = True) -> Match:
-        """Longest stored prefix of `tokens` that may be reused under `identity`.
+        """As `find`, with the reason why it is not longer instead of the segments.
 
         exact  only KV of fidelity "exact"
         """
@@ -148,6 +168,8 @@ class KVDB:
         if exact and (other := txn.find(mine, tokens, exact=False)).tokens > found.tokens:
             return f"{other.tokens} tokens are stored, but not with fidelity {EXACT!r}"
         for digest, stored in txn.identities().items():
+            if stored.salt != identity.salt:  # one tenant must not learn what another has stored
+                continue
             if digest != mine and (other := txn.find(digest, tokens, exact=exact)).tokens > found.tokens:
                 fields = ", ".join(identity.difference(stored))
                 return f"{other.tokens} tokens are stored under another identity, which differs in: {fields}"
@@ -161,13 +183,21 @@ class KVDB:
         raises  Damaged when one is not in the catalog
         """
         with self.catalog.begin() as txn:
-            found = []
-            for span in spans:
-                info = txn.segment(span.segment)
-                if info is None:
-                    raise Damaged(f"segment {span.segment}: not in the catalog, expected it; run 'kvdb verify'")
-                found.append(Segment(info, self.path / "chunks"))
-            return found
+            return self._segments(txn, spans)
+
+    def _segments(self, txn: Transaction, spans: tuple[Span, ...]) -> list[Segment]:
+        found = []
+        for span in spans:
+            info = txn.segment(span.segment)
+            if info is None:
+                raise Damaged(f"segment {span.segment}: not in the catalog, expected it; run 'kvdb verify'")
+            found.append(Segment(info, self.path / "chunks"))
+        return found
+
+    def holds(self, spans: tuple[Span, ...]) -> bool:
+        """Whether every segment behind spans is in the catalog."""
+        with self.catalog.begin() as txn:
+            return all(txn.segment(span.segment) is not None for span in spans)
 
     def tokens(self, spans: tuple[Span, ...]) -> Tokens:
         """Token ids of spans, (tokens,) uint32."""
@@ -277,6 +307,7 @@ class KVDB:
         try:
             info = writer.seal(token_ids)
             with self.catalog.begin(write=True) as txn:
+                _still_there(txn, info.parent)
                 adopted = self._same(txn, info, np.concatenate((prefix_tokens, token_ids)))
                 if adopted is None:
                     txn.add_segment(info, writer.identity, token_ids)  # may refuse: so before any file moves
@@ -335,13 +366,14 @@ class KVDB:
         if name is not None:
             check_name(name)
         with self.catalog.begin(write=True) as txn:
+            _still_there(txn, last.info.segment)
             return _record(txn, last.info, tokens, name=name, model=model, replaces=replaces)
 
     def touch(self, identity: Identity, spans: tuple[Span, ...]) -> None:
         """Note that the sequence with exactly these spans was used now; nothing happens if there is none."""
         self._writable()
         with self.catalog.begin(write=True) as txn:
-            sequence = txn.find_sequence(sequence_key(identity.digest().hex(), spans))
+            sequence = txn.find_sequence(sequence_key(identity.digest().hex(), spans, None))
             if sequence is not None:
                 txn.put_sequence(msgspec.structs.replace(sequence, last_used=files.now()))
 
@@ -353,9 +385,7 @@ class KVDB:
         self._writable()
         with self.catalog.begin(write=True) as txn:
             txn.remove_sequence(txn.sequence(name_or_key))
-            dead = txn.unreferenced()
-            for info in dead:
-                txn.remove_segment(info)
+            dead = txn.remove_unreferenced()
         return self._unlink(dead)
 
     def evict(self, target_bytes: int, *, policy: str = "lru") -> list[Sequence]:
@@ -367,16 +397,24 @@ class KVDB:
         self._writable()
         if policy not in RETENTION:
             raise InvalidInput(f"evict: policy is {policy!r}, expected one of {sorted(RETENTION)}")
+        with self.catalog.begin(write=True) as txn:
+            dead = txn.remove_unreferenced()
+        self._unlink(dead)
         evicted: list[Sequence] = []
         for sequence in RETENTION[policy].order(self.sequences()):
             if self.info()["disk_bytes"] <= target_bytes:
                 break
-            self.delete(sequence.key)
+            with self.catalog.begin(write=True) as txn:
+                if txn.find_sequence(sequence.key) is None:  # deleted or given a name since it was listed
+                    continue
+                txn.remove_sequence(sequence)
+                dead = txn.remove_unreferenced()
+            self._unlink(dead)
             evicted.append(sequence)
         return evicted
 
     def _unlink(self, dead: list[SegmentInfo]) -> int:
-        """After the entries are gone: a reader that mapped the files keeps its bytes."""
+        """After the entries are gone: a reader that has the files open keeps its bytes."""
         freed = 0
         for info in dead:
             freed += self.segment_disk_bytes(info)
@@ -392,10 +430,12 @@ class KVDB:
 
     def _own_workspace(self) -> Path:
         self._writable()
+        if self.catalog.closed:
+            raise StoreError(f"{self.path}: the store is closed, expected an open one; open it again")
         while self._workspace is None:
             workspace = self.path / "tmp" / f"{os.getpid()}-{os.urandom(8).hex()}"
-            files.mkdir(workspace)
             with contextlib.suppress(FileNotFoundError, StoreLocked):  # swept before it was locked: another name
+                files.mkdir(workspace)
                 fd = files.lock(workspace / "lock", timeout_s=0)
                 if (workspace / "lock").exists():
                     self._workspace, self._workspace_lock = workspace, fd
@@ -408,13 +448,14 @@ def _record(
     txn: Transaction, last: SegmentInfo, tokens: int, *, name: str | None, model: str, replaces: str | None
 ) -> str:
     """Enter the sequence of the first `tokens` tokens on the path to `last`."""
+    _still_there(txn, last.parent)
     path = txn.path(last.segment)
     spans = spans_of(path, tokens)
     used = {span.segment for span in spans}
     approximate = [info.fidelity for info in path if info.segment in used and info.fidelity != EXACT]
     now = files.now()
     sequence = Sequence(
-        key=sequence_key(last.identity, spans),
+        key=sequence_key(last.identity, spans, name),
         name=name,
         identity=last.identity,
         tokens=tokens,
@@ -429,6 +470,14 @@ def _record(
         txn.remove_sequence(older)
     txn.put_sequence(sequence)
     return sequence.key
+
+
+def _still_there(txn: Transaction, segment: str | None) -> None:
+    """raises  PrefixDeleted when somebody has deleted what a writer builds on"""
+    if segment is not None and txn.segment(segment) is None:
+        raise PrefixDeleted(
+            f"segment {segment}: deleted or evicted since the cache was made, expected it to stay; make the cache again"
+        )
 
 
 def check_name(name: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -24,16 +25,17 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvdb.catalog import Found
-from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
+from kvdb.catalog import Found, Span
+from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import STORAGE_DTYPES, Geometry, LayerGroup
 from kvdb.identity import EXACT, Identity
 from kvdb.prefix import Tokens
 from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, register
-from kvdb.runtime.cache import KVDBCache
+from kvdb.runtime.cache import KVDBCache, Prefix
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
 from kvdb.runtime.prefill import PrefillProgress, prefill
 from kvdb.runtime.selection import SELECTORS, Budget, Selector
+from kvdb.segments import Segment
 from kvdb.store import KVDB, Match
 
 _SAME_ALWAYS: Final = ("default", "linear", "llama3", "yarn", "proportional")
@@ -76,7 +78,7 @@ class Attachment:
         self.windows = _windows(self.config)
         self.geometry = _geometry(model, self.config, db)
         self._stack: ExitStack | None = None
-        self._caches: list[KVDBCache] = []
+        self._caches: weakref.WeakSet[KVDBCache] = weakref.WeakSet()
 
     # -- the with block
 
@@ -113,8 +115,8 @@ class Attachment:
             stack.close()
 
     def _close_caches(self) -> None:
-        while self._caches:
-            self._caches.pop().close()
+        for cache in list(self._caches):
+            self._drop(cache)
 
     # -- what users call
 
@@ -138,7 +140,7 @@ class Attachment:
         input_ids  (batch, tokens) or (tokens,): prompts of equal length, no padding; the last token is left for
                    `generate`, which must compute it anyway
         raises     InvalidInput for an empty prompt or one longer than the model's context; Damaged when a stored prefix
-                   cannot be read; StorageFull (nothing of this prompt is committed)
+                   cannot be read; StorageFull (segments that were full before, 16 384 tokens each, stay stored)
         On KeyboardInterrupt the blocks that are whole stay stored.
         """
         self._entered()
@@ -149,18 +151,10 @@ class Attachment:
             raise InvalidInput(f"cache: prompt of {length} tokens, expected at most {limit}, the model's context")
         started = time.perf_counter()
         identity = self.identity()
-        exact = self.fidelity == EXACT
-        found = [self.db.match(identity, row[: length - 1], exact=exact) for row in rows]
-        shared = min(match.tokens for match in found)
-        cut = [_cut(match, shared) for match in found]
-        cache = self._new(identity, len(rows))
+        cache = self._restored(identity, [row[: length - 1] for row in rows])
         cache.metrics.prompt_tokens = length
+        cache.metrics.restore_seconds = time.perf_counter() - started
         try:
-            cache.restore(cut)
-            cache.metrics.restore_seconds = time.perf_counter() - started
-            if not self.db.readonly:
-                for each in cut:
-                    self.db.touch(identity, each.spans)
             started = time.perf_counter()
             tokens = torch.as_tensor(np.stack([row[: length - 1] for row in rows]).astype(np.int64))
             prefill(self.model, cache, tokens.to(_device(self.model)), progress=progress)
@@ -199,7 +193,8 @@ class Attachment:
             )
         cache = self._new(identity, 1)
         try:
-            cache.restore([Found(sequence.tokens, sequence.spans)])
+            tokens, segments = self.db.tokens(sequence.spans).tolist(), self.db.segments(sequence.spans)
+            cache.restore([Prefix(tokens, sequence.spans, segments)])
         except BaseException:
             self._drop(cache)
             raise
@@ -220,11 +215,6 @@ class Attachment:
             raise ReadOnly(f"{self.db.path}: opened with mode 'r', expected a writable store; open it with 'r+' or 'a'")
         if cache.length == 0:
             raise InvalidInput("save: the cache holds 0 tokens, expected at least one; generate something first")
-        if different := self.identity().difference(cache.identity):
-            raise IdentityMismatch(
-                f"save: the model's {', '.join(different)} changed since the cache was made, expected the same; "
-                "make a new cache"
-            )
         cache.seal()
         names = [name if name is None or len(cache.rows) == 1 else f"{name}#{i}" for i in range(len(cache.rows))]
         return [key for row, each in zip(cache.rows, names, strict=True) if (key := row.record(each)) is not None]
@@ -237,10 +227,30 @@ class Attachment:
                 "attach: used outside its 'with' block, expected inside; write 'with attach(...) as kv:'"
             )
 
+    def _restored(self, identity: Identity, rows: list[Tokens]) -> KVDBCache:
+        """A cache that holds the longest prefix that is stored for every row."""
+        while True:
+            found = [self.db.find(identity, row, exact=self.fidelity == EXACT) for row in rows]
+            shared = min(each.tokens for each, _ in found)
+            prefixes = [_cut(each, segments, row, shared) for (each, segments), row in zip(found, rows, strict=True)]
+            cache = self._new(identity, len(rows))
+            try:
+                cache.restore(prefixes)
+            except BaseException as e:
+                self._drop(cache)
+                if isinstance(e, Damaged) and not all(self.db.holds(prefix.spans) for prefix in prefixes):
+                    continue  # deleted between finding and opening: look again
+                raise
+            if not self.db.readonly:
+                for prefix in prefixes:
+                    self.db.touch(identity, prefix.spans)
+            return cache
+
     def _new(self, identity: Identity, batch: int) -> KVDBCache:
         cache = KVDBCache(
             self.db,
             identity,
+            self.identity,
             self.geometry,
             self.windows,
             batch=batch,
@@ -250,11 +260,11 @@ class Attachment:
             selector=self.selector,
             model_label=str(getattr(self.config, "_name_or_path", "") or self.config.model_type),
         )
-        self._caches.append(cache)
+        self._caches.add(cache)
         return cache
 
     def _drop(self, cache: KVDBCache) -> None:
-        self._caches.remove(cache)
+        self._caches.discard(cache)
         cache.close()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -262,6 +272,10 @@ class Attachment:
         full_attention_is_causal(False)
         if not isinstance(cache, KVDBCache):
             return
+        if module.training:
+            raise InvalidInput(
+                "forward: the model is in training mode, expected model.eval(); dropout would be stored in its KV"
+            )
         if cache not in self._caches:
             raise InvalidInput("forward: the KVDB cache belongs to another attachment, expected one of this one")
         input_ids = kwargs.get("input_ids", args[0] if args else None)
@@ -326,15 +340,15 @@ def _rows(input_ids: Tensor) -> list[Tokens]:
     return list(ids.cpu().numpy().astype("<u4"))
 
 
-def _cut(match: Match, tokens: int) -> Found:
-    """The first `tokens` tokens of a match."""
+def _cut(found: Found, segments: list[Segment], row: Tokens, tokens: int) -> Prefix:
+    """The first `tokens` tokens of what was found for `row`."""
     spans, position = [], 0
-    for span in match.spans:
+    for span in found.spans:
         length = min(span.stop - span.start, tokens - position)
         if length > 0:
-            spans.append(type(span)(segment=span.segment, start=span.start, stop=span.start + length))
+            spans.append(Span(segment=span.segment, start=span.start, stop=span.start + length))
             position += length
-    return Found(tokens, tuple(spans))
+    return Prefix(row[:tokens].tolist(), tuple(spans), segments[: len(spans)])
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

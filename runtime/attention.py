@@ -49,7 +49,9 @@ def kvdb_attention(
     """
     if not isinstance(key, Handle):
         if changed := [name for name in _IGNORED_BY_SDPA if kwargs.get(name) is not None]:
-            raise Unsupported(f"attention with {', '.join(changed)}, expected plain softmax attention; leave attach() to run it")
+            raise Unsupported(
+                f"attention with {', '.join(changed)}, expected plain softmax attention; leave attach() to run it"
+            )
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -7,25 +7,37 @@ different lengths, so the cache refuses any further step; what was committed bef
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvdb.catalog import Found
-from kvdb.errors import InvalidInput, ReadOnly, Unsupported
+from kvdb.catalog import Span
+from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import Geometry
 from kvdb.identity import Identity
+from kvdb.reader import Reader
 from kvdb.runtime.history import History
 from kvdb.runtime.layers import FullLayer, SlidingLayer
 from kvdb.runtime.metrics import Metrics
 from kvdb.runtime.selection import DENSE_BELOW, Budget, Forced, Selector
 from kvdb.runtime.staging import Staging
+from kvdb.segments import Segment
 from kvdb.store import KVDB
 
 MASS_EVERY = 16
 """Covered mass is estimated on every so many-th selecting step."""
+
+
+class Prefix(NamedTuple):
+    """A stored prefix of one row: token ids, and where their KV lies."""
+
+    tokens: list[int]
+    spans: tuple[Span, ...]
+    segments: list[Segment]
 
 
 class KVDBCache(Cache):
@@ -39,6 +51,7 @@ class KVDBCache(Cache):
         self,
         db: KVDB,
         identity: Identity,
+        identify: Callable[[], Identity],
         geometry: Geometry,
         windows: dict[int, int],
         *,
@@ -49,9 +62,9 @@ class KVDBCache(Cache):
         selector: Selector,
         model_label: str,
     ) -> None:
-        """windows: sliding window of each layer that has one. budget: None attends to everything."""
+        """identify: the model's identity as it is now. windows: of layers that have one. budget: None is exact."""
         self.db, self.identity, self.geometry, self.dtype = db, identity, geometry, dtype
-        self.budget, self.selector = budget, selector
+        self.budget, self.selector, self._identify = budget, selector, identify
         self.metrics = Metrics()
         self.forced = Forced.of(geometry.chunk_tokens)
         self.writes = not db.readonly
@@ -62,6 +75,7 @@ class KVDBCache(Cache):
         self._reader = db.reader()
         self._staging = Staging(dtype, device)
         self.rows = [History(db, identity, geometry, self._reader, self._staging, model_label) for _ in range(batch)]
+        self._release = weakref.finalize(self, _release, self.rows, self._reader)
         self._active = False
         self._broken: str | None = None
         self._selecting_steps = 0
@@ -106,14 +120,14 @@ class KVDBCache(Cache):
 
     # -- restoring
 
-    def restore(self, found: list[Found]) -> None:
+    def restore(self, prefixes: list[Prefix]) -> None:
         """Take over a stored prefix per row; all of the same length.
 
         raises  Damaged when a file is missing or short
         """
-        tokens = found[0].tokens
-        for row, (_, spans) in zip(self.rows, found, strict=True):
-            row.restore(spans, self.db.tokens(spans))
+        tokens = len(prefixes[0].tokens)
+        for row, prefix in zip(self.rows, prefixes, strict=True):
+            row.restore(prefix.spans, prefix.segments, prefix.tokens)
         grid = self.geometry.grid_floor(tokens)
         for layer in self.layers:
             stored = layer.stored
@@ -209,9 +223,23 @@ class KVDBCache(Cache):
             self.metrics.decode_tokens += 1
             self.metrics.decode_bytes_read += read
             self.metrics.decode_bytes_full += len(self.rows) * self.length * self._full_token_bytes
-        for row in self.rows:
-            row.commit_full()
+        full = [row for row in self.rows if row.full]
+        if full:
+            self._check_identity()
+        for row in full:
+            row.commit()
         self._broken = None
+
+    def _check_identity(self) -> None:
+        """Nothing is stored under an identity that is no longer the model's.
+
+        raises  IdentityMismatch when the weights changed since the cache was made
+        """
+        if different := self._identify().difference(self.identity):
+            raise IdentityMismatch(
+                f"KVDB cache: the model's {', '.join(different)} changed since the cache was made, expected the same; "
+                "make a new cache"
+            )
 
     def note_resident(self) -> None:
         tails = sum(layer.stored.tail.nbytes for layer in self.layers)
@@ -226,17 +254,24 @@ class KVDBCache(Cache):
     def seal(self) -> None:
         """Store every token computed so far; the tails keep only the started chunk.
 
-        raises  ReadOnly in mode "r"; StorageFull
+        raises  ReadOnly in mode "r"; IdentityMismatch when the weights changed; StorageFull, PrefixDeleted: then the cache
+                is of no further use, since its tails are on their way
         """
         if not self.writes:
             raise ReadOnly(f"{self.db.path}: opened with mode 'r', expected a writable store; open it with 'r+' or 'a'")
         if self._broken is not None:
             raise InvalidInput(f"KVDB cache: {self._broken}, expected a whole one; make a new cache")
-        while self.rows[0].stored_tokens < self.length:
+        if self.rows[0].stored_tokens == self.length:
+            return
+        self._check_identity()
+        self._broken = "an earlier save failed half-way"
+        while (stored := min(row.stored_tokens for row in self.rows)) < self.length:
             for layer in self.layers:
                 layer.stored.flush(everything=True)
             for row in self.rows:
                 row.commit()
+            assert min(row.stored_tokens for row in self.rows) > stored
+        self._broken = None
 
     def salvage(self) -> None:
         """After an interrupted prefill: commit the whole blocks that every layer has written, drop the rest."""
@@ -253,6 +288,10 @@ class KVDBCache(Cache):
     def close(self) -> None:
         """Release threads, maps and files. Closing twice is fine."""
         self._broken = "it is closed"
-        for row in self.rows:
-            row.close()
-        self._reader.close()
+        self._release()
+
+
+def _release(rows: list[History], reader: Reader) -> None:
+    for row in rows:
+        row.close()
+    reader.close()

@@ -88,17 +88,17 @@ class History:
 
     # -- restoring
 
-    def restore(self, spans: tuple[Span, ...], tokens: Array) -> None:
-        """Take over a stored prefix. The started chunk at its end, if any, is left to `started_chunk`.
+    def restore(self, spans: tuple[Span, ...], segments: list[Segment], tokens: list[int]) -> None:
+        """Take over a stored prefix: `tokens` lie in `spans` of `segments`.
 
         raises  Damaged when a file is missing or short, naming the sequences concerned
         """
-        for span, segment in zip(spans, self.db.segments(spans), strict=True):
+        for span, segment in zip(spans, segments, strict=True):
             self._open(segment)
             self._take(segment, segment.info.start + span.stop)
             if segment.info.fidelity != EXACT:
                 self.mark_approximate(segment.info.start, segment.info.fidelity)
-        self.tokens = tokens.tolist()
+        self.tokens = tokens
 
     def _take(self, segment: Segment, stop: int) -> None:
         """Positions up to `stop` are stored now, the last of them in `segment`."""
@@ -244,10 +244,10 @@ class History:
         self._submitted[layer] += keys.shape[1]
         self._behind.submit(layer, lambda: writer.append(layer, keys, values))
 
-    def commit_full(self) -> None:
-        """Commit the segment in flight if every layer has filled it."""
-        if self._writer is not None and min(self._submitted.values()) == self._writer.capacity_tokens:
-            self.commit()
+    @property
+    def full(self) -> bool:
+        """Whether every layer has filled the segment in flight."""
+        return self._writer is not None and min(self._submitted.values()) == self._writer.capacity_tokens
 
     def commit(self) -> None:
         """Commit what every layer has written to the segment in flight, if anything, and record the sequence."""
@@ -264,10 +264,8 @@ class History:
         if max(writer.written.values()) != tokens:  # an interrupted step: some layers, or all, are ahead
             tokens = self.geometry.grid_floor(max(0, tokens))
             writer.keep(tokens)
-        self._writer, self._submitted = None, {}
         if tokens <= 0:
-            self._reader.forget(writer.info.segment)
-            writer.discard()
+            self.discard()
             return
         ids = np.asarray(self.tokens, "<u4")
         try:
@@ -275,8 +273,11 @@ class History:
                 writer, ids[start : start + tokens], ids[:start], model=self.model_label, replaces=self._recorded
             )
         except BaseException:
-            self._reader.forget(writer.info.segment)
+            self.discard()
             raise
+        if segment.info.segment != writer.info.segment:  # another writer's was adopted
+            self._reader.forget(writer.info.segment)
+        self._writer, self._submitted = None, {}
         self._take(segment, start + tokens)
 
     def record(self, name: str | None) -> str | None:

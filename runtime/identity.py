@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import weakref
 from typing import Any, Final
 
@@ -51,13 +52,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def weights_digest(model: nn.Module, *, fresh: bool = True) -> str:
-    """Hex SHA-256 over name, shape, dtype and xxh3-128 of the bytes of every parameter and buffer, in name order.
+    """Hex SHA-256 over name, shape, dtype and xxh3-128 of the bytes of every parameter and buffer, in name order, and the
+    plain attributes of modules that torch and transformers do not know (scalings and switches of adapters).
 
     fresh  read every byte. False: a digest taken before is trusted as long as no tensor was replaced, written to as torch
            counts it, or differs in a sample of its values (adapters are merged through `.data`, which torch does not count)
     """
     tensors = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
-    state = tuple((name, t.data_ptr(), _version(t), tuple(t.shape), t.dtype, _sample(t)) for name, t in tensors)
+    foreign = _foreign_state(model)
+    state = (
+        *foreign,
+        *((name, t.data_ptr(), _version(t), tuple(t.shape), t.dtype, _sample(t)) for name, t in tensors),
+    )
     known = _DIGESTS.get(model)
     if not fresh and known is not None and known[0] == state:
         return known[1]
@@ -65,14 +71,33 @@ def weights_digest(model: nn.Module, *, fresh: bool = True) -> str:
     for name, tensor in tensors:
         h.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         h.update(xxhash.xxh3_128_digest(_bytes(tensor.detach())))
+    for line in foreign:
+        h.update(line.encode() + b"\0")
     _DIGESTS[model] = (state, h.hexdigest())
     return h.hexdigest()
 
 
 def _sample(tensor: torch.Tensor) -> int:
-    """Digest of 64 values spread over a tensor."""
+    """Digest of some 256 values spread over a tensor; the stride is coprime to the row length, so no column is left out."""
     flat = tensor.detach().reshape(-1)
-    return xxhash.xxh3_64_intdigest(_bytes(flat[:: max(1, len(flat) // 64)]))
+    stride = max(1, len(flat) // 256)
+    while math.gcd(stride, tensor.shape[-1] if tensor.dim() else 1) > 1:
+        stride += 1
+    return xxhash.xxh3_64_intdigest(_bytes(flat[::stride]))
+
+
+def _foreign_state(model: nn.Module) -> list[str]:
+    """Plain attributes of modules that neither torch nor transformers wrote: adapters keep scalings and switches there."""
+    return [
+        f"{path}\0{type(module).__qualname__}\0{name}\0{value!r}"
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith(("torch.", "transformers."))
+        for name, value in sorted(vars(module).items())
+        if name != "training"
+        and isinstance(value, bool | int | float | str | list | tuple | dict | set)
+        and not name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_buffers_set"))
+        and name not in ("_parameters", "_buffers", "_modules")
+    ]
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -53,7 +53,8 @@ class Tail:
             if self._k.dim() != 4 or stop > self._k.shape[2]:
                 shape = (*k.shape[:2], max(stop, 2 * self.length, _FIRST_CAPACITY), k.shape[3])
                 old_k, old_v = self.k if self.length else None, self.v if self.length else None
-                self._k, self._v = k.new_empty(shape), v.new_empty(shape)
+                with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+                    self._k, self._v = k.new_empty(shape), v.new_empty(shape)
                 if old_k is not None and old_v is not None:
                     self._k[:, :, : self.length] = old_k
                     self._v[:, :, : self.length] = old_v
@@ -123,7 +124,7 @@ class _Stored:
                 f"(batch, kv_heads, tokens, head_dim) = ({expected[0]}, {expected[1]}, *, {expected[2]}) {self.cache.dtype} "
                 "twice; layers whose keys and values differ in shape are not supported yet"
             )
-        self.tail.append(k, v)
+        self.tail.append(k.detach(), v.detach())
 
     def flush(self, *, everything: bool = False) -> bool:
         """Move tail tokens to the histories: whole chunks once there are enough, or everything.
@@ -225,7 +226,7 @@ class FullLayer(_FixedShape, DynamicLayer):
         for start in range(0, chunks, step):
             tile_k, tile_v = row.read(self.stored.index, start, min(start + step, chunks))
             whole = merge([whole, attend(q, tile_k, tile_v, scale=scale)])
-        return whole.out
+        return whole.out.to(q.dtype)
 
     def _attend_selected(
         self, row: History, q: Tensor, tail_k: Tensor, tail_v: Tensor, scale: float, take: int

@@ -15,7 +15,7 @@ class WriteBehind:
     def __init__(self, depth: int = 4) -> None:
         self._depth = depth
         self._pending: deque[tuple[int, Future[None]]] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvdb-write")
+        self._pool: ThreadPoolExecutor | None = None  # no thread before the first write
         self._failed: BaseException | None = None
 
     def submit(self, layer: int, write: Callable[[], None]) -> None:
@@ -23,6 +23,8 @@ class WriteBehind:
         self._raise_failure()
         while len(self._pending) >= self._depth:
             self._finish_oldest()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvdb-write")
         self._pending.append((layer, self._pool.submit(self._guarded, write)))
 
     def wait(self, layer: int | None = None) -> None:
@@ -41,7 +43,8 @@ class WriteBehind:
 
     def close(self) -> None:
         self.abandon()
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def _guarded(self, write: Callable[[], None]) -> None:
         if self._failed is None:

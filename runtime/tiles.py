@@ -16,7 +16,7 @@ from torch import Tensor
 class Partial(NamedTuple):
     """Attention over some of the keys.
 
-    out  (kv_heads, group, queries, head_dim), softmax over these keys only
+    out  (kv_heads, group, queries, head_dim), softmax over these keys only; float32 once merged
     lse  (kv_heads, group, queries) float32, log of the sum of exp(score) over these keys
     """
 
@@ -64,7 +64,7 @@ def attend_one(q: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     returns  (kv_heads, group, head_dim)
     """
     if q.dtype != torch.float32 and q.device.type == "cpu":  # half-precision products are 1.5-3.6x slower on CPU
-        return merge([attend(q[:, :, None], k, v, scale=1.0) for k, v in parts]).out[:, :, 0]
+        return merge([attend(q[:, :, None], k, v, scale=1.0) for k, v in parts]).out[:, :, 0].to(q.dtype)
     scores = torch.cat([torch.bmm(q, k.transpose(1, 2)) for k, _ in parts], -1)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
     shares = weights.split([k.shape[1] for k, _ in parts], -1)
@@ -75,15 +75,18 @@ def attend_one(q: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def merge(parts: list[Partial]) -> Partial:
-    """Attention over the union of disjoint parts. A single part is returned as it is."""
+    """Attention over the union of disjoint parts, in float32: rounding at every merge would add up over many tiles.
+
+    A single part is returned as it is.
+    """
     if len(parts) == 1:
         return parts[0]
     if len(parts) == 2:
         a, b = parts
-        share = torch.sigmoid(a.lse - b.lse)[..., None].to(a.out.dtype)  # weight of `a`
-        return Partial(torch.lerp(b.out, a.out, share), torch.logaddexp(a.lse, b.lse))
+        share = torch.sigmoid(a.lse - b.lse)[..., None]  # weight of `a`
+        return Partial(torch.lerp(b.out.float(), a.out.float(), share), torch.logaddexp(a.lse, b.lse))
     all_lse = torch.stack([part.lse for part in parts])  # [parts, heads, group, queries]
     lse = torch.logsumexp(all_lse, 0)
     weights = torch.softmax(all_lse, 0)[..., None]  # sums to 1; exp(all_lse - lse) is off by |lse| roundings
     out = (torch.stack([part.out for part in parts]).float() * weights).sum(0)
-    return Partial(out.to(parts[0].out.dtype), lse)
+    return Partial(out, lse)

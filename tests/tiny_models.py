@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, DynamicCache
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 VOCABULARY = 128
 CONTEXT = 4096
@@ -48,7 +48,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> model type and what its config says besides the common fields."""
 
 
-def tiny(architecture: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+def tiny(
+    architecture: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> nn.Module:
     """A random model in eval mode; the same arguments give the same weights."""
     kind, special = ARCHITECTURES.get(architecture, (architecture, {}))
     config = CONFIG_MAPPING[kind](**{**_COMMON, **special, **changes})

@@ -29,7 +29,9 @@ TOKENS = 1500
 @pytest.mark.parametrize(
     ("architecture", "read_mode"), [(a, "mmap") for a in ARCHITECTURES] + [("llama", "pread"), ("gemma3", "pread")]
 )
-def test_exact_output_equals_the_stock_run_fresh_and_reloaded(tmp_path: Path, architecture: str, read_mode: str) -> None:
+def test_exact_output_equals_the_stock_run_fresh_and_reloaded(
+    tmp_path: Path, architecture: str, read_mode: str
+) -> None:
     model, ids = tiny(architecture), prompt(TOKENS)
     expected = stock(model, ids, 16)
     assert len(expected.unique()) > 2  # a model that always says the same would prove nothing

@@ -7,6 +7,7 @@ tests copy that store. The stock run of each document (128 greedy tokens with tr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -156,7 +157,11 @@ def stock_answers(smollm2: LoadedModel, documents: dict[int, Tensor]) -> Callabl
 
 @pytest.mark.parametrize("size", SIZES[:2])
 def test_exact_and_a_full_budget_answer_as_the_stock_model_fresh_and_reloaded(
-    smollm2: LoadedModel, documents: dict[int, Tensor], stock_answers: Callable[[int], Tensor], tmp_path: Path, size: int
+    smollm2: LoadedModel,
+    documents: dict[int, Tensor],
+    stock_answers: Callable[[int], Tensor],
+    tmp_path: Path,
+    size: int,
 ) -> None:
     model, ids = smollm2.model, documents[size]
     last = ids.shape[1] - 1
@@ -229,9 +234,9 @@ def test_a_budget_bounds_what_every_step_reads_and_holds_and_is_never_served_as_
             read = []
             streamer = EachStep(lambda: read.append(cache.metrics.decode_bytes_read))
             answer = greedy(model, ids, cache, 32, streamer=streamer)
-            steps = [b - a for a, b in zip(read, read[1:], strict=False)]
+            steps = [b - a for a, b in itertools.pairwise(read)]
             assert len(steps) == 32
-            assert 0 < min(steps)
+            assert min(steps) > 0
             assert max(steps) <= 0.3 * tokens * FULL
             stats = cache.stats()
             print(f"read {stats['kv_bytes_read_share']:.3f} of KV, resident peak {stats['kv_bytes_resident_peak']}")
@@ -377,7 +382,9 @@ def test_a_small_disk_that_really_is_full_leaves_nothing_and_the_store_opens(
 
 
 @pytest.mark.parametrize("read_mode", ["mmap", "pread"])
-@pytest.mark.parametrize("layer", [0, 17, 29, None], ids=lambda layer: "missing" if layer is None else f"cut in layer {layer}")
+@pytest.mark.parametrize(
+    "layer", [0, 17, 29, None], ids=lambda layer: "missing" if layer is None else f"cut in layer {layer}"
+)
 def test_a_truncated_or_missing_shard_is_a_typed_error_and_other_sequences_still_answer(
     smollm2: LoadedModel, tmp_path: Path, layer: int | None, read_mode: str
 ) -> None:
@@ -408,7 +415,8 @@ def test_a_truncated_or_missing_shard_is_a_typed_error_and_other_sequences_still
             again = kv.cache(other)
             assert again.metrics.reused_tokens == 59
             assert torch.equal(greedy(model, other, again, 4), expected)
-            assert torch.equal(greedy(model, torch.cat((other, expected), 1), kv.load("whole"), 2), stock(model, torch.cat((other, expected), 1), 2))
+            longer = torch.cat((other, expected), 1)
+            assert torch.equal(greedy(model, longer, kv.load("whole"), 2), stock(model, longer, 2))
         assert any(span.segment in str(problem) for problem in db.check())
         db.delete("hurt")
         with attach(model, db, exact=True) as kv:

@@ -18,7 +18,7 @@ from kvdb.tools.documents import reference_document
 from kvdb.tools.models import LoadedModel
 
 pytestmark = pytest.mark.real_model
-TOKENS, NEW_TOKENS = 2000, 32
+TOKENS, NEW_TOKENS = 1300, 16
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_prefix_that_ends_anywhere_is_continued_as_the_stock_run_does(
     """Inside a chunk, beyond and within the first window."""
     model = gemma3_270m.model
     with opened(store) as db, attach(model, db, exact=True) as kv:
-        for shared in (1501, 333):
+        for shared in (1101, 333):
             other = torch.cat((ids[:, :shared], ids[:, 100:140]), 1)
             cache = kv.cache(other)
             assert shared <= cache.metrics.reused_tokens < shared + 3
@@ -67,10 +67,7 @@ def test_a_budget_reads_a_part_of_the_full_layers(gemma3_270m: LoadedModel, ids:
     model = gemma3_270m.model
     with opened(store) as db, attach(model, db, budget=0.2) as kv:
         cache = kv.cache(ids)
-        answer = greedy(model, ids, cache, NEW_TOKENS)
+        assert greedy(model, ids, cache, NEW_TOKENS).shape == (1, NEW_TOKENS)
         stats = cache.stats()
-        print(gemma3_270m.tokenizer.decode(answer[0]), stats)
         assert 0 < stats["kv_bytes_read_share"] <= 0.2
         assert 0.0 < stats["mass_covered_estimate"] <= 1.0
-        kv.save(cache, name="approximate")
-    assert db.path == store

@@ -38,11 +38,10 @@ def kv(model: nn.Module, db: KVDB) -> Iterator[Attachment]:
 
 
 def right_or_refused(run: Callable[[], Tensor], expected: Callable[[], Tensor]) -> str:
-    """ "right" or the message of the refusal; anything else fails."""
+    """The word "right" or the message of the refusal; any other end fails."""
     try:
         found = run()
     except REFUSALS as error:
-        assert len(str(error)) > 20
         return str(error)
     assert torch.equal(found, expected())
     return "right"
@@ -144,9 +143,7 @@ def test_beams_on_a_batch_that_happens_to_have_as_many_rows_are_right_or_refused
 ) -> None:
     ids = prompt(50).repeat(2, 1)
     cache = kv.cache(ids)
-    right_or_refused(
-        lambda: greedy(model, ids[:1], cache, num_beams=2), lambda: stock(model, ids[:1], num_beams=2)
-    )
+    right_or_refused(lambda: greedy(model, ids[:1], cache, num_beams=2), lambda: stock(model, ids[:1], num_beams=2))
 
 
 def test_several_return_sequences_are_refused(model: nn.Module, kv: Attachment) -> None:
@@ -179,7 +176,9 @@ def test_a_mask_of_ones_is_fine(model: nn.Module, kv: Attachment) -> None:
     assert torch.equal(found, stock(model, ids))
 
 
-@pytest.mark.parametrize("operation", ["crop", "reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"])
+@pytest.mark.parametrize(
+    "operation", ["crop", "reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"]
+)
 def test_a_cache_that_is_told_to_change_shape_refuses(model: nn.Module, kv: Attachment, operation: str) -> None:
     ids = prompt(50)
     cache = kv.cache(ids)
@@ -492,13 +491,18 @@ def state(model: nn.Module) -> tuple[Any, ...]:
         implementation(model),
         dict(model._forward_hooks),
         dict(model._forward_pre_hooks),
-        model.__dict__.get("prepare_inputs_for_generation"),
-        model.prepare_inputs_for_generation.__func__ if hasattr(model.prepare_inputs_for_generation, "__func__") else None,  # type: ignore[union-attr]
+        dict(vars(model)).get("prepare_inputs_for_generation"),
     )
 
 
 class Boom(Exception):
     pass
+
+
+def leave_with(error: BaseException, model: nn.Module, db: KVDB) -> None:
+    with attach(model, db, exact=True) as kv:
+        kv.cache(prompt(50))
+        raise error
 
 
 @pytest.mark.parametrize("implementation_before", ["sdpa", "eager"])
@@ -510,9 +514,8 @@ def test_everything_is_put_back_at_the_end(db: KVDB, implementation_before: str)
         greedy(model, ids, kv.cache(ids))
     assert state(model) == before
     for raised in (Boom(), KeyboardInterrupt()):
-        with pytest.raises(type(raised)), attach(model, db, exact=True) as kv:
-            kv.cache(ids)
-            raise raised
+        with pytest.raises(type(raised)):
+            leave_with(raised, model, db)
         assert state(model) == before
     with pytest.raises(Boom), attach(model, db, exact=True) as kv, interrupted(model, Boom()):
         kv.cache(prompt(50, seed=1))
@@ -570,7 +573,12 @@ def test_impossible_options_are_refused(model: nn.Module, db: KVDB, options: dic
 
 @pytest.mark.parametrize(
     "wrong",
-    [torch.empty(1, 0, dtype=torch.int64), torch.ones(1, 3), torch.ones(1, 1, 3, dtype=torch.int64), torch.tensor([[-1, 2]])],
+    [
+        torch.empty(1, 0, dtype=torch.int64),
+        torch.ones(1, 3),
+        torch.ones(1, 1, 3, dtype=torch.int64),
+        torch.tensor([[-1, 2]]),
+    ],
     ids=["empty", "floats", "three dimensions", "negative"],
 )
 def test_what_is_no_prompt_is_refused(kv: Attachment, wrong: Tensor) -> None:

@@ -245,9 +245,7 @@ def test_a_short_history_is_attended_to_densely_under_any_budget(model: nn.Modul
 
 
 @pytest.mark.parametrize("length", [LONG, LONG + 1, 1409, 1425])  # the approximate part starts anywhere in a chunk
-def test_what_was_computed_under_a_budget_is_never_served_as_exact(
-    model: nn.Module, db: KVDB, length: int
-) -> None:
+def test_what_was_computed_under_a_budget_is_never_served_as_exact(model: nn.Module, db: KVDB, length: int) -> None:
     ids = prompt(length, seed=9)
     with attach(model, db, budget=0.2) as kv:
         cache = kv.cache(ids)
@@ -287,9 +285,7 @@ def test_exact_tokens_after_approximate_ones_are_not_exact(model: nn.Module, db:
         assert kv.match(ids).tokens == LONG - 1
 
 
-def test_a_new_session_recomputes_exactly_what_was_approximate_and_both_are_kept(
-    model: nn.Module, db: KVDB
-) -> None:
+def test_a_new_session_recomputes_exactly_what_was_approximate_and_both_are_kept(model: nn.Module, db: KVDB) -> None:
     ids = prompt(LONG, seed=11)
     with attach(model, db, budget=0.2) as kv:
         cache = kv.cache(ids)

@@ -220,7 +220,7 @@ def test_the_store_agrees_with_a_dict() -> None:
 @pytest.mark.parametrize("bug", ["delete leaves segments", "a match runs one token too far", "sweeping is skipped"])
 def test_the_machine_sees_planted_bugs(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     if bug == "delete leaves segments":
-        monkeypatch.setattr("kvdb.catalog.Transaction.unreferenced", lambda self: [])
+        monkeypatch.setattr("kvdb.catalog.Transaction.remove_unreferenced", lambda self: [])
     elif bug == "a match runs one token too far":
         monkeypatch.setattr("kvdb.prefix.common_prefix", lambda a, b: min(common_prefix(a, b) + 1, len(a), len(b)))
     else:

@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def dense(q: Array, k: Array, v: Array, scale: float, *, causal: bool = False) -> tuple[Array, Array]:
     """Softmax attention and its log-sum-exp, one query at a time."""
-    heads, group, queries, dim = q.shape
+    heads, group, queries, _ = q.shape
     out, lse = np.empty(q.shape), np.empty(q.shape[:3])
     for h in range(heads):
         for g in range(group):
