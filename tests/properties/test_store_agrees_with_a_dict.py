@@ -28,7 +28,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvdb import EXACT, KVDB
+from kvdb import EXACT, KVDB, Sequence
+from kvdb.catalog import sequence_key
 from kvdb.errors import SequenceNotFound
 from kvdb.prefix import common_prefix
 
@@ -105,6 +106,13 @@ class StoreMachine(RuleBasedStateMachine):
         tail += [data.draw(st.integers(0, 2))] * data.draw(st.integers(0 if start or tail else 1, 70))
         return np.array(start + tail, "<u4")
 
+    def same(self, entry: Sequence, known: KnownSequence) -> bool:
+        return (
+            entry.identity == IDENTITIES[known.identity].digest().hex()
+            and frozenset(span.segment for span in entry.spans) == known.segments
+            and entry.tokens == len(known.tokens)
+        )
+
     # -- steps
 
     @initialize(data=st.data())
@@ -130,10 +138,14 @@ class StoreMachine(RuleBasedStateMachine):
             spare=data.draw(st.integers(0, 1)),
         )
         assert stored.written == (self.longest(ident, tokens, exact=fidelity == EXACT) < len(tokens))
-        self.learn_segments(ident, tokens, stored.key)
         if name is not None:
-            self.names = {n: k for n, k in self.names.items() if k != stored.key}
+            older = self.names.get(name, stored.key)
+            if older != stored.key:  # it goes on without its name
+                known = self.sequences.pop(older)
+                spans = next(s.spans for s in self.db.sequences() if s.name is None and self.same(s, known))
+                self.sequences[sequence_key(IDENTITIES[known.identity].digest().hex(), spans, None)] = known
             self.names[name] = stored.key
+        self.learn_segments(ident, tokens, stored.key)
 
     @rule(data=st.data(), ident=st.integers(0, 1), published=st.booleans())
     def crash(self, data: st.DataObject, ident: int, published: bool) -> None:

@@ -193,6 +193,8 @@ def test_sequences_are_spans_from_position_zero(root: Path) -> None:
             h.update(f"|{span['segment']}:{span['start']}:{span['stop']}".encode())
             assert segments[span["segment"]]["start"] + span["start"] == position
             position += span["stop"] - span["start"]
+        if sequence["name"] is not None:
+            h.update(b"|" + sequence["name"].encode())
         assert key == sequence["key"] == h.hexdigest()
         assert position == sequence["tokens"]
     assert sorted(s["tokens"] for s in sequences.values()) == [140, 150]

@@ -115,7 +115,7 @@ def test_another_salt_never_shares(tmp_path: Path) -> None:
         kv.save(kv.cache(IDS), name="mine")
     with KVDB.open(tmp_path / "a.kvdb", salt="tenant 2") as db, attach(model, db, exact=True) as kv:
         miss = kv.match(IDS)
-        assert (miss.tokens, "differs in: salt" in miss.reason) == (0, True)
+        assert (miss.tokens, "salt" in miss.reason) == (0, False)  # nor does it learn what another tenant has stored
         with pytest.raises(IdentityMismatch, match="salt"):
             kv.load("mine")
         assert kv.cache(IDS).metrics.reused_tokens == 0
