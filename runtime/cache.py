@@ -21,7 +21,7 @@ from kvdb.geometry import Geometry
 from kvdb.identity import Identity
 from kvdb.reader import Reader
 from kvdb.runtime.history import History
-from kvdb.runtime.layers import FullLayer, SlidingLayer
+from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail
 from kvdb.runtime.metrics import Metrics
 from kvdb.runtime.selection import DENSE_BELOW, Budget, Forced, Selector
 from kvdb.runtime.staging import Staging
@@ -286,9 +286,11 @@ class KVDBCache(Cache):
             row.discard()
 
     def close(self) -> None:
-        """Release threads, maps and files. Closing twice is fine."""
+        """Release threads, maps, files and memory. Closing twice is fine."""
         self._broken = "it is closed"
         self._release()
+        for layer in self.layers:
+            layer.stored.tail = Tail()
 
 
 def _release(rows: list[History], reader: Reader) -> None:
