@@ -128,9 +128,8 @@ class History:
         if last > self.sealed_chunks and self._last is not None:
             parts.append(Part(self._last, self._last.info.start // ct, last - self._last.info.start // ct))
         k, v = self._read_run(parts, layer, first, last)
-        return k[:, start - first * ct : stop - first * ct].clone(), v[
-            :, start - first * ct : stop - first * ct
-        ].clone()
+        wanted = slice(start - first * ct, stop - first * ct)
+        return k[:, wanted].clone(), v[:, wanted].clone()
 
     # -- reading
 

@@ -64,9 +64,8 @@ def prompt(tokens: int, seed: int = 0, batch: int = 1) -> Tensor:
     return torch.randint(VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def greedy(model: nn.Module, input_ids: Tensor, cache: Any, new_tokens: int = 8, **options: Any) -> Tensor:
-    """What `generate` appends, (batch, new_tokens)."""
-    out = model.generate(  # type: ignore[operator]
+def _generate(model: nn.Module, input_ids: Tensor, cache: Any, new_tokens: int, **options: Any) -> Any:
+    return model.generate(  # type: ignore[operator]
         input_ids,
         past_key_values=cache,
         max_new_tokens=new_tokens,
@@ -74,6 +73,11 @@ def greedy(model: nn.Module, input_ids: Tensor, cache: Any, new_tokens: int = 8,
         do_sample=False,
         **options,
     )
+
+
+def greedy(model: nn.Module, input_ids: Tensor, cache: Any, new_tokens: int = 8, **options: Any) -> Tensor:
+    """What `generate` appends, (batch, new_tokens)."""
+    out: Tensor = _generate(model, input_ids, cache, new_tokens, **options)
     return out[:, input_ids.shape[1] :]
 
 
@@ -86,15 +90,7 @@ class Answer(NamedTuple):
 
 def answer(model: nn.Module, input_ids: Tensor, cache: Any, new_tokens: int = 4) -> Answer:
     """As `greedy`, with logits: they show an error long before another token wins."""
-    out = model.generate(  # type: ignore[operator]
-        input_ids,
-        past_key_values=cache,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    out = _generate(model, input_ids, cache, new_tokens, output_logits=True, return_dict_in_generate=True)
     return Answer(out.sequences[:, input_ids.shape[1] :], torch.stack(out.logits, 1).detach())
 
 

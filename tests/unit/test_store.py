@@ -133,8 +133,9 @@ def test_a_dangling_link_is_no_store(path: Path, mode: str) -> None:
 
 def test_an_empty_folder_becomes_a_store(path: Path) -> None:
     path.mkdir()
-    with opened(path):
-        pass
+    with opened(path) as db:
+        assert db.sequences() == []
+    assert (path / "kvdb.json").exists()
 
 
 def test_a_link_to_a_store_is_the_store(path: Path) -> None:

@@ -147,7 +147,10 @@ def test_after_abandoning_it_can_be_used_again(behind: WriteBehind) -> None:
     assert written == [1]
 
 
-def test_closing_twice_is_fine(behind: WriteBehind) -> None:
-    behind.submit(0, lambda: None)
+def test_closing_twice_is_fine_and_undoes_nothing(behind: WriteBehind) -> None:
+    written: list[int] = []
+    behind.submit(0, lambda: written.append(1))
+    behind.wait()
     behind.close()
     behind.close()
+    assert written == [1]
