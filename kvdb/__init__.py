@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from kvdb.catalog import Sequence, Span
+from kvdb.entries import Sequence, Span
 from kvdb.errors import KVDBError, Problem
 from kvdb.geometry import Geometry, LayerGroup
 from kvdb.identity import EXACT, Identity

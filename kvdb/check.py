@@ -1,9 +1,13 @@
-"""check(): walk a store and yield everything that is wrong. The engine, the tool and every test's teardown share it.
+"""check(): walk a store and yield everything that is wrong. The engine, the tool, `repair` and every test's teardown share it.
 
-Facts checked: every span's segment exists and its parents lead to position 0; spans lie on the grid, inside their
-segments and end to end; the prefix tree finds every segment; files are there and of the right size; metadata says what
-the catalog says; token ids equal the catalog's; every record matches its digest; no array is left that no entry names.
-It reads, and repairs nothing.
+Facts checked: every entry of the catalog verifies, and each table has as many as its totals say; every span's segment exists
+and its parents lead to position 0; spans lie on the grid, inside their segments and end to end; sequences have the root of
+their segments; the prefix tree finds every segment and lists no other; names, manifests, uses and counters agree with what
+is there; files are there and of the right size; metadata says what the catalog says; seals, token ids, abstracts and every
+record match their digests; nothing is left that no entry names and no live writer owns. It reads, and repairs nothing.
+
+The catalog is seen as of one moment. Files are looked at after that: what was deleted meanwhile is no problem, so findings
+about files are looked at again, while no writer is at work, before they are told.
 """
 
 from __future__ import annotations
@@ -15,43 +19,72 @@ import msgspec
 import numpy as np
 import xxhash
 
-from kvdb import files, format
+from kvdb import files, folder, format, manifests
 from kvdb.abstracts import ABSTRACTS
-from kvdb.catalog import Catalog, Sequence, Transaction
-from kvdb.errors import Damaged, Problem
+from kvdb.catalog import Catalog
+from kvdb.entries import SegmentEntry, Sequence, spans_root
+from kvdb.errors import Damaged, KVDBError, Problem
 from kvdb.format import SegmentInfo
 from kvdb.identity import Identity
 from kvdb.segments import abstract_bytes, codec_of, layout, row_bytes
+from kvdb.transaction import Transaction
 
 
 def check_store(root: Path, catalog: Catalog) -> Iterator[Problem]:
     """Yield the problems of the store at `root`. Zero case: nothing is yielded."""
-    chunks = root / "chunks"
     with catalog.begin() as txn:
-        infos: dict[str, SegmentInfo] = {}
-        for segment in txn.segment_ids():
-            try:
-                info = txn.segment(segment)
-            except Damaged as e:
-                yield Problem(f"segment {segment}", "damaged-entry", str(e))
-                continue
-            if info is not None:
-                infos[segment] = info
-                yield from _check_catalog_of(txn, info)
-        yield from _check_sequences(txn, infos)
-        entries = [(info, _identity(txn, info.identity), _tokens(txn, info.segment)) for info in infos.values()]
-    for info, identity, tokens in entries:
-        yield from _check_files(chunks, info, identity, tokens)
-    named = {array for info in infos.values() for array in info.array_names()} | {format.METADATA_KEY}
-    for array in files.list_dir(chunks):
+        found = list(_check_catalog(txn))
+        segments = _readable_segments(txn)
+        views = [(e, _identity(txn, e.info.identity), _tokens(txn, e.info.segment)) for e in segments.values()]
+    yield from found
+    for entry, identity, tokens in views:
+        problems = list(check_files(root / "chunks", entry, identity, tokens))
+        if problems:
+            with catalog.begin() as txn:
+                deleted = not any(p.kind == "damaged-entry" for p in found) and txn.entry(entry.info.segment) is None
+            yield from [] if deleted else problems
+    with catalog.quiet(), catalog.begin() as txn:
+        yield from _check_leftovers(root, txn)
+
+
+def _readable_segments(txn: Transaction) -> dict[str, SegmentEntry]:
+    found = {}
+    for segment in txn.segment_ids():
+        try:
+            entry = txn.entry(segment)
+        except Damaged:
+            continue
+        if entry is not None and entry.info.segment == segment:
+            found[segment] = entry
+    return found
+
+
+def _check_leftovers(root: Path, txn: Transaction) -> Iterator[Problem]:
+    try:
+        segments, sequences = txn.segments(), txn.sequences()
+    except Damaged:  # told already; what a damaged catalog does not name is not left over
+        return
+    named = {array for entry in segments.values() for array in entry.info.array_names()} | {format.METADATA_KEY}
+    for array in files.list_dir(root / "chunks"):
         if array not in named:
             yield Problem(f"array {array}", "orphan", "no catalog entry names it, expected none left over")
+    wanted = {s.key: s for s in sequences if s.name is not None}
+    there = {s.key: s for s in manifests.read(root)}
+    for key in sorted(wanted.keys() | set(manifests.keys(root))):
+        if key not in wanted:
+            yield Problem(f"manifest {key}", "orphan", "no named sequence has this key, expected none left over")
+        elif key not in there or there[key].spans != wanted[key].spans:
+            yield Problem(f"sequence {wanted[key].name}", "manifest", "its manifest is missing or differs, expected it")
+    for workspace in folder.dead_workspaces(root):
+        yield Problem(
+            f"workspace {workspace.name}", "leftover", "its writer is gone, expected it swept; open for writing"
+        )
 
 
 def _identity(txn: Transaction, digest: str) -> Identity | None:
     try:
         return txn.identity(digest)
-    except Damaged:  # `_check_catalog_of` has said so
+    except Damaged:  # `_check_segment` has said so
         return None
 
 
@@ -62,47 +95,67 @@ def _tokens(txn: Transaction, segment: str) -> bytes | None:
         return None
 
 
-def _check_catalog_of(txn: Transaction, info: SegmentInfo) -> Iterator[Problem]:
+def _check_catalog(txn: Transaction) -> Iterator[Problem]:
+    for table, message in txn.table_problems():
+        yield Problem(f"catalog table {table}", "damaged-entry", message)
+    segments = _readable_segments(txn)
+    for segment in sorted(set(txn.segment_ids()) - set(segments)):
+        yield Problem(f"segment {segment}", "damaged-entry", "its entry does not verify, expected it to", segment)
+    for entry in segments.values():
+        yield from _check_segment(txn, entry.info)
+    for node, segment in txn.listed_segments():
+        if segment not in segments:
+            yield Problem(
+                f"prefix tree, key {node.hex()}", "tree", f"lists segment {segment}, expected one that exists"
+            )
+    for table in ("tokens", "uses", "unsynced"):
+        for segment in sorted(set(txn.keys_of(table)) - set(segments)):
+            yield Problem(f"catalog table {table}", "stale", f"entry for segment {segment}, expected one that exists")
+    sequences = txn.readable_sequences()
+    for sequence in sequences:
+        yield from _check_sequence(txn, sequence, segments)
+    used = {span.segment for sequence in sequences for span in sequence.spans}
+    for segment in sorted(set(segments) - used):
+        yield Problem(f"segment {segment}", "unreferenced", "no sequence passes through it, expected one", segment)
+    yield from _check_names(txn, sequences)
+    counters, entries = txn.counters(), segments.values()
+    expected = (sum(e.disk_bytes for e in entries), sum(len(e.info.array_names()) for e in entries))
+    if (counters.segment_bytes, counters.arrays) != expected:
+        yield Problem(
+            "catalog counters",
+            "counters",
+            f"{counters.segment_bytes} bytes, {counters.arrays} arrays, expected {expected}",
+        )
+
+
+def _check_segment(txn: Transaction, info: SegmentInfo) -> Iterator[Problem]:
     where = f"segment {info.segment}"
     try:
         identity = txn.identity(info.identity)
         if identity is None or identity.digest().hex() != info.identity:
-            yield Problem(where, "identity", f"identity {info.identity} is missing or another, expected its fields")
+            yield Problem(
+                where, "identity", f"identity {info.identity} is missing or another, expected its fields", info.segment
+            )
         path = txn.path_tokens(info.segment)
         if len(path) != info.stop:
-            yield Problem(where, "tokens", f"{len(path)} token ids up to its end, expected {info.stop}")
+            yield Problem(where, "tokens", f"{len(path)} token ids up to its end, expected {info.stop}", info.segment)
         found = txn.find(info.identity, path, exact=False)
         if found.tokens != len(path):
-            yield Problem(where, "tree", f"the prefix tree finds {found.tokens} of its tokens, expected {len(path)}")
-    except Damaged as e:
-        yield Problem(where, "damaged-entry", str(e))
+            yield Problem(
+                where, "tree", f"the prefix tree finds {found.tokens} of its tokens, expected {len(path)}", info.segment
+            )
+    except KVDBError as e:
+        yield Problem(where, "damaged-entry", str(e), info.segment)
 
 
-def _check_sequences(txn: Transaction, infos: dict[str, SegmentInfo]) -> Iterator[Problem]:
-    try:
-        sequences = txn.sequences()
-    except Damaged as e:
-        yield Problem("sequences", "damaged-entry", str(e))
-        return
-    for sequence in sequences:
-        where = f"sequence {sequence.name or sequence.key}"
-        yield from _check_spans(where, sequence, infos)
-        try:
-            named = txn.named(sequence.name) if sequence.name is not None else sequence
-        except Damaged as e:
-            yield Problem(where, "damaged-entry", str(e))
-            continue
-        if named is None or named.key != sequence.key:
-            yield Problem(where, "name", f"name {sequence.name!r} leads elsewhere, expected this sequence")
-
-
-def _check_spans(where: str, sequence: Sequence, infos: dict[str, SegmentInfo]) -> Iterator[Problem]:
+def _check_sequence(txn: Transaction, sequence: Sequence, segments: dict[str, SegmentEntry]) -> Iterator[Problem]:
+    where = f"sequence {sequence.name or sequence.key}"
     position = 0
     for span in sequence.spans:
-        info = infos.get(span.segment)
-        if info is None:
+        if span.segment not in segments:
             yield Problem(where, "missing-segment", f"segment {span.segment} is not in the catalog, expected it")
             return
+        info = segments[span.segment].info
         if info.start + span.start != position or not span.start < span.stop <= info.tokens:
             yield Problem(where, "span", f"span {span} at position {position}, expected it inside {info.segment}")
             return
@@ -111,24 +164,60 @@ def _check_spans(where: str, sequence: Sequence, infos: dict[str, SegmentInfo]) 
         position += span.stop - span.start
     if position != sequence.tokens:
         yield Problem(where, "span", f"spans hold {position} tokens, expected {sequence.tokens}")
+    root = spans_root(sequence.spans, [segments[span.segment] for span in sequence.spans])
+    if root != sequence.root:
+        yield Problem(where, "root", f"root of its segments is {root}, expected {sequence.root}")
 
 
-def _check_files(chunks: Path, info: SegmentInfo, identity: Identity | None, tokens: bytes | None) -> Iterator[Problem]:
+def _check_names(txn: Transaction, sequences: list[Sequence]) -> Iterator[Problem]:
+    for sequence in sequences:
+        if sequence.name is not None:
+            try:
+                named = txn.named(sequence.name)
+            except Damaged:  # told already
+                continue
+            if named is None or named.key != sequence.key:
+                where = f"sequence {sequence.name}"
+                yield Problem(where, "name", f"name {sequence.name!r} leads elsewhere, expected this sequence")
+    count = sum(sequence.name is not None for sequence in sequences)
+    if txn.totals("names").count != count:
+        yield Problem("catalog table names", "name", f"{txn.totals('names').count} names, expected {count}")
+
+
+def check_files(
+    chunks: Path, entry: SegmentEntry, identity: Identity | None, tokens: bytes | None
+) -> Iterator[Problem]:
+    """Problems of one segment's files.
+
+    identity, tokens  as the catalog has them; None where it does not verify, or when only the files are asked
+    """
+    for problem in _check_arrays(chunks, entry, identity, tokens):
+        yield Problem(problem.loc, problem.kind, problem.message, entry.info.segment)
+
+
+def _check_arrays(
+    chunks: Path, entry: SegmentEntry, identity: Identity | None, tokens: bytes | None
+) -> Iterator[Problem]:
+    info = entry.info
     for group in range(len(info.geometry.groups)):
         array = format.kv_array(info.segment, group)
         where = f"segment {info.segment}, file {chunks / array / format.SHARD_KEY}"
         try:
             data = files.read_file(chunks / array / format.METADATA_KEY)
             attributes = format.parse_kv_metadata(data, where)
-        except (OSError, Damaged) as e:
+        except (OSError, KVDBError) as e:
             yield Problem(where, "metadata", f"{e}, expected the array's metadata")
             continue
         written = format.kv_metadata(info, identity or attributes.identity, group, codec_of(info), attributes.sections)
         if msgspec.json.decode(data) != msgspec.json.decode(written):
             yield Problem(where, "metadata", "metadata and catalog differ, expected the same description")
+        if attributes.sections.get("digests", (0, 0, ""))[2] != entry.seals.get(array):
+            yield Problem(
+                where, "seal", f"the catalog's seal is {entry.seals.get(array)}, expected that of its digests"
+            )
         yield from _check_shard(chunks / array / format.SHARD_KEY, where, info, group, attributes.sections, tokens)
         for name in info.abstracts:
-            yield from _check_abstract(chunks, info, group, name)
+            yield from _check_abstract(chunks, entry, group, name)
 
 
 def _check_shard(
@@ -137,8 +226,8 @@ def _check_shard(
     place = layout(info, group)
     try:
         fd = files.open_read(path)
-    except OSError as e:
-        yield Problem(where, "missing-file", f"{e.strerror}, expected {place.file_bytes} bytes")
+    except (OSError, Damaged) as e:
+        yield Problem(where, "missing-file", f"{e}, expected {place.file_bytes} bytes")
         return
     try:
         size = files.file_size(fd)
@@ -156,8 +245,8 @@ def _check_shard(
             return
         if group == 0:
             stored = files.pread(fd, 4 * info.tokens, place.tokens_offset)
-            if stored != tokens or sections.get("tokens") != format.section(place.tokens_offset, stored):
-                yield Problem(where, "tokens", "token ids in the file differ from the catalog's, expected the same")
+            if tokens not in (None, stored) or sections.get("tokens") != format.section(place.tokens_offset, stored):
+                yield Problem(where, "token-ids", "token ids in the file differ from the catalog's, expected the same")
         expected = np.frombuffer(digest_bytes, "<u8").reshape(len(g.layers), info.capacity * g.kv_heads)
         for layer_row, layer in enumerate(g.layers):
             first = layer_row * info.capacity * g.kv_heads
@@ -176,15 +265,15 @@ def _check_shard(
         files.close(fd)
 
 
-def _check_abstract(chunks: Path, info: SegmentInfo, group: int, name: str) -> Iterator[Problem]:
-    folder = chunks / format.abstract_array(info.segment, name, group)
-    where = f"segment {info.segment}, file {folder / format.SHARD_KEY}"
+def _check_abstract(chunks: Path, entry: SegmentEntry, group: int, name: str) -> Iterator[Problem]:
+    info, array = entry.info, format.abstract_array(entry.info.segment, name, group)
+    where = f"segment {info.segment}, file {chunks / array / format.SHARD_KEY}"
     size = abstract_bytes(info, group, name)
     layers = info.geometry.groups[group].layers
     try:
-        metadata = files.read_file(folder / format.METADATA_KEY)
+        metadata = files.read_file(chunks / array / format.METADATA_KEY)
         digests = format.abstract_digests(metadata, where)
-        data = files.read_file(folder / format.SHARD_KEY)
+        data = files.read_file(chunks / array / format.SHARD_KEY, limit=size * len(layers))
     except (OSError, Damaged) as e:
         yield Problem(where, "abstract", f"{e}, expected the {name} abstract")
         return
@@ -193,6 +282,8 @@ def _check_abstract(chunks: Path, info: SegmentInfo, group: int, name: str) -> I
         yield Problem(
             where, "metadata", "the abstract's metadata and the catalog differ, expected the same description"
         )
+    if format.abstract_seal(digests) != entry.seals.get(array):
+        yield Problem(where, "seal", f"the catalog's seal is {entry.seals.get(array)}, expected that of its digests")
     if len(data) != size * len(layers) or len(digests) != len(layers):
         yield Problem(
             where, "size", f"{len(data)} bytes, {len(digests)} digests, expected {size} for {len(layers)} layers"

@@ -7,6 +7,7 @@
     │   ├── StoreNotFound (FileNotFoundError)
     │   ├── NotAStore
     │   ├── NewerFormat                  written by a later version: upgrade, nothing was touched
+    │   ├── OlderFormat                  written by an earlier version: open it once for writing, which upgrades it
     │   ├── PrefixDeleted                what a cache continues was deleted meanwhile: make the cache again
     │   ├── ReadOnly                     a write was asked of a store opened with mode "r"
     │   └── StoreLocked (TimeoutError)   another process holds the lock
@@ -56,6 +57,10 @@ class NewerFormat(StoreError):
     kind = "newer-format"
 
 
+class OlderFormat(StoreError):
+    kind = "older-format"
+
+
 class PrefixDeleted(StoreError):
     kind = "prefix-deleted"
 
@@ -89,11 +94,15 @@ class IdentityMismatch(KVDBError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One finding of `check()`: the same value serves the exception, the command line and the tests."""
+    """One finding of `check()`: the same value serves the exception, the command line, the tests and `repair`.
+
+    segment  the segment whose files or entries are concerned, if it is one
+    """
 
     loc: str
     kind: str
     message: str
+    segment: str | None = None
 
     def __str__(self) -> str:
         return f"{self.loc}: {self.message}"

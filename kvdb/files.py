@@ -13,19 +13,22 @@ import errno
 import fcntl
 import mmap as _mmap
 import os
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
-from kvdb.errors import StorageFull, StoreLocked
+from kvdb.errors import Damaged, StorageFull, StoreLocked
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_POPULATE_READ: Final = 22  # MADV_POPULATE_READ, Linux 5.14: an error instead of a SIGBUS
 
 
 @contextlib.contextmanager
@@ -49,7 +52,17 @@ def open_excl(path: Path) -> int:
 
 
 def open_read(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """Open a regular file. A symbolic link, a device or a pipe in its place is Damaged: none is followed or waited for."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENXIO):
+            raise Damaged(f"{path}: {e.strerror}, expected a regular file; run 'kvdb verify'") from e
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise Damaged(f"{path}: not a regular file, expected one; run 'kvdb verify'")
+    return fd
 
 
 def close(fd: int) -> None:
@@ -71,6 +84,13 @@ def truncate(fd: int, size: int, path: Path) -> None:
         os.ftruncate(fd, size)
 
 
+def extend(path: Path, size: int, *, at_least: int) -> None:
+    """Give a file of less than `at_least` bytes a sparse tail up to `size`; never cuts."""
+    if os.stat(path).st_size < at_least:
+        with _translated(path):
+            os.truncate(path, size)
+
+
 def fsync(fd: int, path: Path) -> None:
     with _translated(path):
         if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone does not reach the platter
@@ -88,9 +108,39 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def fsync_trees(folders: Iterable[Path]) -> None:
+    """Force folders of files to disk, all at once, one thread each: a journal merges flushes that wait together."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(16) as pool:
+        pending = []
+        for folder in folders:
+            for path in (*(folder / name for name in list_dir(folder)), folder):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                stack.callback(os.close, fd)
+                pending.append(pool.submit(fsync, fd, path))
+        for done in pending:
+            done.result()
+
+
 def rename(source: Path, target: Path) -> None:
     with _translated(target):
         os.rename(source, target)
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a file; raises FileExistsError where the name is taken."""
+    with _translated(target):
+        os.link(source, target)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file; one that is already gone is fine."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def mark_now(path: Path) -> None:
+    """Set a folder's modification time to now."""
+    os.utime(path)
 
 
 def mkdir(path: Path, *, exist_ok: bool = False) -> None:
@@ -108,8 +158,7 @@ def mkdir(path: Path, *, exist_ok: bool = False) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a folder and all in it; what is already gone is fine. Symbolic links are removed, never followed."""
     if path.is_symlink() or not path.is_dir():
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        unlink(path)
         return
     with contextlib.suppress(FileNotFoundError):  # another process may be removing it too
         for child in list_dir(path):
@@ -121,10 +170,17 @@ def list_dir(path: Path) -> list[str]:
     return sorted(os.listdir(path))
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, *, limit: int = 16 << 20) -> bytes:
+    """A whole small file.
+
+    raises  Damaged for one of more than `limit` bytes
+    """
     fd = open_read(path)
     try:
-        return pread(fd, os.fstat(fd).st_size, 0)
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise Damaged(f"{path}: {size} bytes, expected at most {limit}; run 'kvdb verify'")
+        return pread(fd, size, 0)
     finally:
         os.close(fd)
 
@@ -165,14 +221,68 @@ def file_size(fd: int) -> int:
     return os.fstat(fd).st_size
 
 
+def populate(map_: _mmap.mmap, offset: int, length: int) -> None:
+    """Bring pages of a map in now, so that what cannot be read is an error here and no SIGBUS later.
+
+    raises  OSError (EFAULT) for a device error or a file that was cut; nothing happens where the system cannot tell
+    """
+    try:
+        map_.madvise(_POPULATE_READ, offset, length)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+
+
 def disk_bytes(path: Path) -> int:
-    """Bytes a file really occupies; a hole in a sparse file costs nothing."""
-    return os.stat(path).st_blocks * 512
+    """Bytes a file really occupies; a hole in a sparse file costs nothing. A folder counts without what is in it."""
+    return os.lstat(path).st_blocks * 512
+
+
+def tree_bytes(path: Path, *, reserved: bool = False) -> int:
+    """Bytes that everything under a folder occupies; what vanishes meanwhile counts nothing.
+
+    reserved  count a sparse file as if it were full already
+    """
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in (".", *names):
+            with contextlib.suppress(FileNotFoundError):
+                found = os.lstat(os.path.join(folder, name))
+                sparse = found.st_size if reserved and stat.S_ISREG(found.st_mode) else 0
+                total += max(found.st_blocks * 512, sparse)
+    return total
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes an unprivileged writer may still use on the file system of `path`."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
 
 
 def now() -> float:
     """Wall-clock seconds since the epoch. Clocks may lie: only for display and retention, never for correctness."""
     return time.time()
+
+
+class Moment(NamedTuple):
+    """Now, by two clocks: the wall clock, which may jump, and the seconds since this boot, which may not."""
+
+    wall: float
+    boot: str
+    uptime: float
+
+
+def moment() -> Moment:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            return Moment(now(), f.read().strip(), time.clock_gettime(time.CLOCK_BOOTTIME))
+    except FileNotFoundError:  # not Linux: one boot that never ends, by a clock that starts anew with each
+        return Moment(now(), "", time.monotonic())
+
+
+def modified(path: Path) -> float:
+    """When a folder was last marked, in wall-clock seconds."""
+    return os.lstat(path).st_mtime
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -185,6 +295,15 @@ def write_new(path: Path, data: bytes) -> None:
         close(fd)
 
 
+def create_stream(path: Path) -> BinaryIO:
+    """A new private file as a stream, for what wants one."""
+    return os.fdopen(open_excl(path), "w+b")
+
+
+def open_stream(path: Path) -> BinaryIO:
+    return os.fdopen(open_read(path), "rb")
+
+
 def lock(path: Path, *, timeout_s: float, create: bool = True, shared: bool = False) -> int:
     """Take a `flock` and return its descriptor; closing it (or dying) releases it.
 
@@ -194,15 +313,20 @@ def lock(path: Path, *, timeout_s: float, create: bool = True, shared: bool = Fa
         access = os.O_RDONLY if shared else os.O_RDWR
         fd = os.open(path, access | os.O_CLOEXEC | (os.O_CREAT if create else 0), FILE_MODE)
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(fd, kind | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                os.close(fd)
-                raise StoreLocked(
-                    f"{path}: in use for {timeout_s:g} s, expected it to be free; close what has it open, or try again later"
-                ) from None
-            time.sleep(0.01)
+    deadline, pause = time.monotonic() + timeout_s, 0.0005
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise StoreLocked(
+                        f"{path}: in use for {timeout_s:g} s, expected it to be free; close what has it open, or try "
+                        "again later"
+                    ) from None
+                time.sleep(pause)
+                pause = min(2 * pause, 0.02)
+    except BaseException:
+        os.close(fd)
+        raise

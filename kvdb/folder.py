@@ -1,9 +1,12 @@
 """The folder of a store: what makes it one, how it is created, and what dead writers left in it.
 
-STORE/kvdb.json   format, id, defaults: readable by a person
-      catalog/    LMDB: what exists
-      chunks/     Zarr v3: the bytes
-      tmp/        in flight, one folder per writer, owned through a lock
+STORE/kvdb.json    format, id, defaults: readable by a person
+      catalog/     LMDB: what exists
+      chunks/      Zarr v3: the bytes
+      names/       a manifest per named sequence
+      tmp/         in flight, one folder per writer, owned through a lock
+      trash/       deleted, still readable for a grace period
+      quarantine/  what `repair` took out
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from kvdb import files, format
+from kvdb import files, format, manifests
 from kvdb.catalog import Catalog
 from kvdb.codecs import Raw
 from kvdb.errors import Damaged, NewerFormat, NotAStore, StoreLocked
@@ -24,7 +27,7 @@ from kvdb.format import FORMAT_VERSION
 from kvdb.geometry import CHUNK_TOKENS
 
 _HEADER: Final = "kvdb.json"
-_PARTS: Final = ("catalog", "chunks", "tmp")
+_PARTS: Final = ("catalog", "chunks", "names", "quarantine", "tmp", "trash")
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,8 +62,7 @@ def create(root: Path) -> None:
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     files.mkdir(root, exist_ok=True)
-    for part in _PARTS:
-        files.mkdir(root / part, exist_ok=True)
+    make_parts(root)
     with contextlib.suppress(FileExistsError):
         files.write_new(root / "chunks" / format.METADATA_KEY, format.group_metadata())
     Catalog(root / "catalog", readonly=False, create=True).close()
@@ -71,13 +73,29 @@ def create(root: Path) -> None:
         chunk_tokens=CHUNK_TOKENS,
         codec=Raw.name,
     )
-    draft = root / "tmp" / f"header-{os.urandom(8).hex()}"
-    files.write_new(draft, msgspec.json.format(msgspec.json.encode(header), indent=2) + b"\n")
+    draft = _draft(root, header)
     with contextlib.suppress(FileExistsError, FileNotFoundError):  # another header won, and its opener may have swept
-        os.link(draft, root / _HEADER)
-    files.remove_tree(draft)
+        files.link(draft, root / _HEADER)
+    files.unlink(draft)
     for folder in (root / "chunks", root / "catalog", root, root.parent):
         files.fsync_dir(folder)
+
+
+def make_parts(root: Path) -> None:
+    """The folders inside a store's folder, where they are missing."""
+    for part in _PARTS:
+        files.mkdir(root / part, exist_ok=True)
+
+
+def _draft(root: Path, header: Header) -> Path:
+    draft = root / "tmp" / f"header-{os.urandom(8).hex()}"
+    files.write_new(draft, msgspec.json.format(msgspec.json.encode(header), indent=2) + b"\n")
+    return draft
+
+
+def replace_header(root: Path, header: Header) -> None:
+    files.rename(_draft(root, header), root / _HEADER)
+    files.fsync_dir(root)
 
 
 def read_header(root: Path) -> Header:
@@ -111,10 +129,40 @@ def hold(root: Path, *, exclusive: bool) -> int:
 
 
 def sweep(root: Path, catalog: Catalog) -> None:
-    """Remove what dead writers left: all that is not locked in tmp/, arrays in chunks/ that no entry names.
+    """Remove what dead writers left: all that is not locked in tmp/, arrays in chunks/ and manifests that no entry names.
 
-    Publishing happens inside a write transaction, so inside this one nothing is half published.
+    Publishing happens inside a write transaction, so inside this one nothing is half published. The arrays are only looked
+    through when a writer died or their number is not the one the catalog has, and never by a catalog that is damaged: what
+    it does not name may be all there is.
     """
+    died = _sweep_workspaces(root)
+    arrays = len(files.list_dir(root / "chunks")) - 1  # its zarr.json
+    with catalog.begin() as txn:
+        expected = txn.counters().arrays
+    if died or arrays != expected:
+        with contextlib.suppress(Damaged), catalog.begin(write=True) as txn:
+            known = set(txn.segments())
+            for array in files.list_dir(root / "chunks"):
+                if array != format.METADATA_KEY and array.partition(".")[0] not in known:
+                    files.remove_tree(root / "chunks" / array)
+            named = {s.key for s in txn.sequences() if s.name is not None}
+            for key in set(manifests.keys(root)) - named:
+                manifests.remove(root, key)
+
+
+def dead_workspaces(root: Path) -> list[Path]:
+    """What writers that are gone have left in tmp/."""
+    found = []
+    for name in files.list_dir(root / "tmp"):
+        with contextlib.suppress(StoreLocked, FileNotFoundError, NotADirectoryError, PermissionError):
+            files.close(files.lock(root / "tmp" / name / "lock", timeout_s=0, create=False, shared=True))
+            found.append(root / "tmp" / name)
+    return found
+
+
+def _sweep_workspaces(root: Path) -> bool:
+    """Whether any was left by a dead writer."""
+    died = False
     for name in files.list_dir(root / "tmp"):
         workspace = root / "tmp" / name
         try:
@@ -124,12 +172,9 @@ def sweep(root: Path, catalog: Catalog) -> None:
         except (FileNotFoundError, NotADirectoryError):  # gone already, or a draft of kvdb.json
             files.remove_tree(workspace)
             continue
+        died = True
         try:
             files.remove_tree(workspace)
         finally:
             files.close(fd)
-    with catalog.begin(write=True) as txn:
-        known = set(txn.segment_ids())
-        for array in files.list_dir(root / "chunks"):
-            if array != format.METADATA_KEY and array.partition(".")[0] not in known:
-                files.remove_tree(root / "chunks" / array)
+    return died

@@ -22,14 +22,18 @@ import numpy as np
 import xxhash
 
 from kvdb.codecs import Codec
-from kvdb.errors import Damaged
-from kvdb.geometry import Geometry
+from kvdb.errors import Damaged, InvalidInput
+from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import Identity
 
-FORMAT_VERSION = 0
+FORMAT_VERSION = 1
+"""Of the store as a whole: what kvdb.json says."""
+ARRAY_VERSION = 0
+"""Of the arrays in chunks/, counted apart: they have not changed since format 0."""
 SHARD_KEY = "c.0.0.0.0.0"
 """The only chunk key of every array here: one shard, or one plain chunk, over the whole array; five dimensions."""
 METADATA_KEY = "zarr.json"
+_HEX = frozenset("0123456789abcdef")
 _ABSENT = 0xFFFF_FFFF_FFFF_FFFF
 _ZARR_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 
@@ -39,12 +43,13 @@ class CodecSpec(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, Any] = {}
 
 
-class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True):
+class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All there is to know about a segment but its bytes. Stored in the catalog and in every array's attributes.
 
     start, tokens  it holds positions [start, start + tokens) of every sequence through it; start is on the chunk grid
     capacity       chunk slots per layer in the file, >= chunks(tokens)
     parent         segment holding the positions before `start` (None at 0): parents lead back to position 0
+    cipher         how rows are encrypted after the codec; None: they are not. No cipher is defined yet
     """
 
     segment: str
@@ -58,6 +63,32 @@ class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True):
     codec: CodecSpec
     abstracts: tuple[str, ...]
     created: float
+    cipher: str | None = None
+
+    def __post_init__(self) -> None:
+        ids = (self.segment, self.parent) if self.parent is not None else (self.segment,)
+        if (
+            not all(len(i) == 32 and set(i) <= _HEX for i in ids)
+            or len(self.identity) != 64
+            or set(self.identity) - _HEX
+        ):
+            raise InvalidInput(
+                f"segment {self.segment!r}: parent {self.parent!r}, identity {self.identity!r}, expected 32, 32 and 64 "
+                "hex digits"
+            )
+        ct, slots = self.geometry.chunk_tokens, self.geometry.chunks(SEGMENT_TOKENS)
+        if not (0 < self.tokens <= self.capacity * ct and 0 < self.capacity <= slots):
+            raise InvalidInput(
+                f"segment {self.segment}: {self.tokens} tokens in {self.capacity} slots of {ct}, expected 1..{slots} slots "
+                "that hold them"
+            )
+        if self.start < 0 or self.start % ct or (self.parent is None) != (self.start == 0):
+            raise InvalidInput(
+                f"segment {self.segment}: start {self.start}, parent {self.parent}, expected a start on the grid of {ct} "
+                "and a parent exactly when it is not 0"
+            )
+        if not all(name.isidentifier() and len(name) <= 64 for name in self.abstracts):
+            raise InvalidInput(f"segment {self.segment}: abstracts {self.abstracts!r}, expected names")
 
     @property
     def stop(self) -> int:
@@ -163,7 +194,7 @@ def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: Codec,
         dtype=info.geometry.dtype,
         codecs=[sharding],
         attributes={
-            "format": FORMAT_VERSION,
+            "format": ARRAY_VERSION,
             "info": msgspec.to_builtins(info),
             "identity": msgspec.to_builtins(identity),
             "group": group,
@@ -182,7 +213,7 @@ def abstract_metadata(info: SegmentInfo, group: int, name: str, parts: int, dige
         dtype=info.geometry.dtype,
         codecs=[{"name": "bytes", "configuration": {"endian": "little"}}],
         attributes={
-            "format": FORMAT_VERSION,
+            "format": ARRAY_VERSION,
             "segment": info.segment,
             "abstract": name,
             "group": group,
@@ -241,6 +272,11 @@ def parse_kv_metadata(data: bytes, where: str) -> KVAttributes:
         return msgspec.convert(msgspec.json.decode(data)["attributes"]["kvdb"], KVAttributes)
     except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as e:
         raise Damaged(f"{where}: unreadable metadata ({e}), expected a KVDB array; run 'kvdb verify'") from e
+
+
+def abstract_seal(digests: list[str]) -> str:
+    """One digest over those of an abstract's layers."""
+    return xxhash.xxh3_64_hexdigest("|".join(digests).encode())
 
 
 def abstract_digests(data: bytes, where: str) -> list[str]:

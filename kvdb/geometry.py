@@ -18,6 +18,9 @@ CHUNK_TOKENS = 16
 SEGMENT_TOKENS = 16_384
 """A segment never holds more tokens than this."""
 
+_MOST: Final = 1 << 16
+"""No model has more heads, dimensions or layers; a store that says so is not to be believed."""
+
 STORAGE_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
@@ -40,9 +43,10 @@ class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise InvalidInput(f"layer group: layers are {self.layers}, expected ascending non-negative indices")
-        if self.kv_heads < 1 or self.head_dim < 1:
+        if not (1 <= self.kv_heads <= _MOST and 1 <= self.head_dim <= _MOST and self.layers[-1] < _MOST):
             raise InvalidInput(
-                f"layer group: kv_heads={self.kv_heads}, head_dim={self.head_dim}, expected both positive"
+                f"layer group: kv_heads={self.kv_heads}, head_dim={self.head_dim}, last layer {self.layers[-1]}, expected "
+                f"them positive and at most {_MOST}"
             )
 
 

@@ -1,18 +1,21 @@
-"""The prefix tree, as pure functions: which keys a token list has, how far two token lists agree.
+"""The prefix tree, as pure functions: which keys a token list has, and what is listed under a key.
 
 Key k of a token list stands for its first k whole blocks of 64 tokens under one identity; it is chained, so equal keys
 mean equal prefixes (and tokens are compared all the same before anything is reused). A segment is listed under key k
-when it holds tokens of block k of a sequence with that prefix: so a match may end at any token, not only at a block.
+when it holds tokens of block k of a sequence with that prefix; its listing begins with the tokens of that block, so that
+listings sort like token lists and the longest agreement with any list is a neighbour of it in that order.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 BLOCK_TOKENS = 64
+_PADDING: Final = 0xFFFF_FFFF
+"""Stands for "no token" in a listing; no vocabulary is that large."""
 
 Tokens = np.ndarray[Any, np.dtype[np.uint32]]
 
@@ -27,6 +30,24 @@ def block_keys(identity_digest: bytes, tokens: Tokens) -> list[bytes]:
         key = hashlib.blake2b(key + data[offset : offset + step], digest_size=16).digest()
         keys.append(key)
     return keys
+
+
+def listing(exact: bool, block: Tokens) -> bytes:
+    """How a segment is listed under a key, without its id: u8 exact, then the block's tokens, big-endian, padded.
+
+    block  at most 64 tokens: those of the path that lie in the key's block
+    """
+    padded = np.full(BLOCK_TOKENS, _PADDING, ">u4")
+    padded[: len(block)] = block
+    return bytes([exact]) + padded.tobytes()
+
+
+LISTING_BYTES: Final = 1 + 4 * BLOCK_TOKENS
+
+
+def listed_tokens(listed: bytes) -> Tokens:
+    """The tokens in a listing, padding included."""
+    return np.frombuffer(listed, ">u4", BLOCK_TOKENS, 1)
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:

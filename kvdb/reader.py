@@ -6,7 +6,10 @@
     pread  positioned reads into the caller's buffer: no map, so a truncated file is an error and never a SIGBUS. The
            way for network file systems.
 
-Readers count bytes requested. They check that files are present and whole, not what they hold: `kvdb.check` does.
+Every record is compared with its digest before it is used: `verify` "always", the "first" time it is read through a store
+handle (the default), or "never". The digests themselves are sealed by the catalog. What is missing is an error and never
+zeros; on the first touch pages are brought in by a call that can fail, so that a device error or a cut file is an error
+too and not a SIGBUS (after that, a file cut behind our back still is one under mmap: pread has no such gap).
 Not thread-safe: one reader per thread of generation.
 """
 
@@ -15,64 +18,101 @@ from __future__ import annotations
 import contextlib
 import mmap as _mmap
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import numpy as np
+import xxhash
 
 from kvdb import files, format
-from kvdb.codecs import Codec
 from kvdb.errors import Damaged, InvalidInput
-from kvdb.format import SegmentInfo
 from kvdb.segments import Segment, abstract_bytes, codec_of, layout, row_bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_U64: Final = (1 << 64) - 1
+
+
+VERIFY: Final = ("first", "always", "never")
+TRASH: Final = "trash"
+"""Beside chunks/: where arrays wait between their deletion and their end. A reader that was on its way finds them there."""
+
+Verified = dict[tuple[str, int], Array]
+"""(segment, group) -> which records have been verified, one bool per row of the shard. Shared by a handle's readers."""
 
 
 class _OpenArray:
-    """One KV array of a segment: descriptor, sizes, and for mmap its view."""
+    """One KV array of a segment: descriptor, sizes, digests, and for mmap its view."""
 
-    __slots__ = ("base", "codec", "fd", "group", "heads", "layer_records", "path", "planes", "row", "seen", "view")
+    __slots__ = (
+        "base", "codec", "digests", "fd", "group", "heads", "info", "layer_records", "path", "planes", "row", "seen",
+        "verified", "view",
+    )  # fmt: skip
 
     def __init__(self, segment: Segment, group: int) -> None:
         info = segment.info
-        self.group, self.codec = group, codec_of(info)
+        self.info, self.group, self.codec = info, group, codec_of(info)
         g = info.geometry.groups[group]
         self.heads = g.kv_heads
         self.layer_records = info.capacity * g.kv_heads
         self.row = row_bytes(info, group)
-        self.path = segment.folder / format.kv_array(info.segment, group) / format.SHARD_KEY
         self.base: _mmap.mmap | None = None
         self.view: Array = np.empty((0, self.row), np.uint8)  # [records, row_bytes]
         self.planes: Array = np.empty((0, 0))  # [2 * records, plane values] when stored as is
         self.seen = np.zeros(0, bool)
-        self.fd = _open_checked(self.path, layout(info, group).payload_bytes, info, group, self.row)
+        self.digests: Array | None = None  # [records] u64, when there is something to verify
+        self.verified = np.zeros(0, bool)
+        self.path, self.fd = _open_checked(segment, group, layout(info, group), self.row)
+
+    def load_digests(self, seal: str) -> None:
+        """raises  Damaged when the digests do not match the seal that the catalog holds"""
+        place = layout(self.info, self.group)
+        count = len(self.info.geometry.groups[self.group].layers) * self.layer_records
+        data = files.pread(self.fd, 8 * count, place.digests_offset)
+        actual = xxhash.xxh3_64_hexdigest(data)
+        if actual != seal:
+            raise Damaged(
+                f"segment {self.info.segment}, file {self.path}: digests at {place.digests_offset} have xxh3 {actual}, "
+                f"expected {seal}; run 'kvdb repair'"
+            )
+        self.digests = np.frombuffer(data, "<u8")
 
 
-def _open_checked(path: Path, payload_bytes: int, info: SegmentInfo, group: int, row: int) -> int:
-    """Open a shard that must hold its whole payload.
+def _open_array(segment: Segment, array: str) -> tuple[Path, int]:
+    """Open an array's file, in chunks/ or where a deletion has just put it.
+
+    raises  Damaged when it is nowhere
+    """
+    path = segment.folder / array / format.SHARD_KEY
+    try:
+        return path, files.open_read(path)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            aside = segment.folder.parent / TRASH / array / format.SHARD_KEY
+            return aside, files.open_read(aside)
+        raise Damaged(
+            f"segment {segment.info.segment}, layer {segment.info.geometry.layers[0]}, file {path}: {e.strerror}, expected "
+            "it; run 'kvdb verify' and delete the sequence to recompute it"
+        ) from e
+
+
+def _open_checked(segment: Segment, group: int, place: format.ShardLayout, row: int) -> tuple[Path, int]:
+    """Open a shard that must be whole; one in the making need only hold its payload.
 
     raises  Damaged naming segment, first layer that is cut off, and file
     """
-    where = f"segment {info.segment}"
-    try:
-        fd = files.open_read(path)
-    except (FileNotFoundError, NotADirectoryError) as e:
-        layer = info.geometry.groups[group].layers[0]
-        raise Damaged(
-            f"{where}, layer {layer}, file {path}: {e.strerror}, expected a shard of at least {payload_bytes} bytes; "
-            "run 'kvdb verify' and delete the sequence to recompute it"
-        ) from e
-    size = files.file_size(fd)
-    if size < payload_bytes:
+    info = segment.info
+    path, fd = _open_array(segment, format.kv_array(info.segment, group))
+    size, expected = files.file_size(fd), place.payload_bytes if segment.seals is None else place.file_bytes
+    if size < expected:
         files.close(fd)
         g = info.geometry.groups[group]
         layer = g.layers[min(size // (info.capacity * g.kv_heads * row), len(g.layers) - 1)]
         raise Damaged(
-            f"{where}, layer {layer}, file {path}: {size} bytes, expected at least {payload_bytes}; "
+            f"segment {info.segment}, layer {layer}, file {path}: {size} bytes, expected at least {expected}; "
             "run 'kvdb verify' and delete the sequence to recompute it"
         )
-    return fd
+    return path, fd
 
 
 class Reader(ABC):
@@ -80,10 +120,12 @@ class Reader(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self) -> None:
+    def __init__(self, verify: str = "first", verified: Verified | None = None) -> None:
         self.bytes_read = 0
+        self._verify, self._verified = verify, {} if verified is None else verified
         self._open: dict[tuple[str, int], _OpenArray] = {}
-        self._abstracts: dict[tuple[str, int, str], int] = {}  # descriptors
+        self._abstracts: dict[tuple[str, int, str], tuple[Path, int]] = {}  # path, descriptor
+        self._layer_digests: dict[tuple[str, int, str], list[str]] = {}
 
     def open(self, segment: Segment) -> None:
         """Open all files of a segment now instead of at the first read: what is open stays readable if it is deleted.
@@ -100,56 +142,126 @@ class Reader(ABC):
 
         records  (n,) int64: chunk inside the segment * kv_heads + head
         out      (2, n, chunk_tokens, head_dim), storage dtype, C-contiguous; overwritten
-        raises   InvalidInput for a record outside the segment; Damaged for missing or short files
+        raises   InvalidInput for a record outside the segment; Damaged for missing or short files and for a record that
+                 does not match its digest; OSError when the device fails
         """
-        info = segment.info
-        group, row = info.geometry.locate(layer)
-        array = self._array(segment, group)
         if len(records) == 0:
             return
+        array, rows = self._locate(segment, layer, records)
+        if array.codec.stored_as_is:
+            self._fetch_planes(array, rows, out)
+            self._check(array, rows, lambda i: (out[0, i], out[1, i]))
+            self.bytes_read += out.nbytes
+        else:
+            stored = self._checked_rows(array, rows)
+            decoded = np.empty((len(rows), 2, *out.shape[2:]), out.dtype)
+            array.codec.decode(stored, decoded)
+            out[...] = decoded.swapaxes(0, 1)
+
+    def rows(self, segment: Segment, layer: int, records: Array) -> Array:
+        """Records of one layer as they are stored, (n, row_bytes) uint8; otherwise as `read`."""
+        return self._checked_rows(*self._locate(segment, layer, records))
+
+    def _locate(self, segment: Segment, layer: int, records: Array) -> tuple[_OpenArray, Array]:
+        """The array that holds records of a layer, and their rows in it."""
+        info = segment.info
+        group, layer_row = info.geometry.locate(layer)
+        array = self._array(segment, group)
         limit = info.chunks * array.heads
         if int(records.view(np.uint64).max()) >= limit:  # a negative one is huge as unsigned: one pass checks both ends
             raise InvalidInput(
                 f"segment {info.segment}, layer {layer}: records {int(records.min())}..{int(records.max())}, "
                 f"expected 0..{limit - 1}"
             )
-        self._fetch(array, records + row * array.layer_records, out)
-        self.bytes_read += len(records) * array.row
+        return array, records + layer_row * array.layer_records
+
+    def _checked_rows(self, array: _OpenArray, rows: Array) -> Array:
+        stored = self._fetch_rows(array, rows)
+        self._check(array, rows, lambda i: (stored[i],))
+        self.bytes_read += stored.nbytes
+        return stored
+
+    def _check(self, array: _OpenArray, rows: Array, parts: Callable[[int], tuple[Array, ...]]) -> None:
+        """Compare what was read with its digests: the copy that will be used, not the file again.
+
+        parts  the stored bytes of the i-th row read, in order
+        """
+        if array.digests is None:
+            return
+        if self._verify == "always":
+            wanted = np.arange(len(rows))
+        else:
+            wanted = np.flatnonzero(~array.verified[rows])
+            if not len(wanted):
+                return
+        seed = format.place_seed(array.info.segment)
+        for i, row, expected in zip(
+            wanted.tolist(), rows[wanted].tolist(), array.digests[rows[wanted]].tolist(), strict=True
+        ):
+            h = xxhash.xxh3_64(seed=(seed + row) & _U64)
+            for part in parts(i):
+                h.update(memoryview(part))
+            if h.intdigest() != expected:
+                raise self._damaged(array, row, h.intdigest(), expected)
+        array.verified[rows[wanted]] = True
+
+    @staticmethod
+    def _damaged(array: _OpenArray, row: int, actual: int, expected: int) -> Damaged:
+        layer_row, record = divmod(row, array.layer_records)
+        chunk, head = divmod(record, array.heads)
+        layer = array.info.geometry.groups[array.group].layers[layer_row]
+        return Damaged(
+            f"segment {array.info.segment}, layer {layer}, chunk {chunk}, head {head}, file {array.path}, offset "
+            f"{row * array.row}: xxh3 is {actual:#018x}, expected {expected:#018x}; run 'kvdb repair', then recompute it"
+        )
 
     def abstract(self, segment: Segment, name: str, layer: int) -> Array:
         """One layer of an abstract as (chunks, kv_heads, parts, head_dim) float32.
 
-        raises  Damaged when the file is missing or short
+        raises  Damaged when the file is missing, short, or does not match its digest
         """
         info = segment.info
         group, row = info.geometry.locate(layer)
         g, size = info.geometry.groups[group], abstract_bytes(info, group, name)
-        data = files.pread(self._abstract(segment, group, name), size, row * size)
+        path, fd = self._abstract(segment, group, name)
+        data = files.pread(fd, size, row * size)
+        where = f"segment {info.segment}, layer {layer}, {name} abstract, file {path}, offset {row * size}"
         if len(data) != size:
-            raise Damaged(
-                f"segment {info.segment}, layer {layer}, {name} abstract: {len(data)} bytes at {row * size}, "
-                f"expected {size}; run 'kvdb verify'"
-            )
+            raise Damaged(f"{where}: {len(data)} bytes, expected {size}; run 'kvdb verify'")
+        if segment.seals is not None and self._verify != "never":
+            digests = self._abstract_digests(segment, group, name, path)
+            if (actual := xxhash.xxh3_64_hexdigest(data)) != digests[row]:
+                raise Damaged(
+                    f"{where}: xxh3 is {actual}, expected {digests[row]}; run 'kvdb repair', then recompute it"
+                )
         stored = np.frombuffer(data, info.geometry.storage_dtype).reshape(info.capacity, g.kv_heads, -1, g.head_dim)
         return format.as_float32(stored[: info.chunks], info.geometry.dtype)
 
-    def _abstract(self, segment: Segment, group: int, name: str) -> int:
+    def _abstract_digests(self, segment: Segment, group: int, name: str, path: Path) -> list[str]:
+        assert segment.seals is not None
+        key = (segment.info.segment, group, name)
+        if key not in self._layer_digests:
+            digests = format.abstract_digests(files.read_file(path.with_name(format.METADATA_KEY)), str(path))
+            seal = segment.seals.get(format.abstract_array(segment.info.segment, name, group))
+            if format.abstract_seal(digests) != seal or len(digests) != len(segment.info.geometry.groups[group].layers):
+                raise Damaged(
+                    f"file {path}: {name} abstract has seal {format.abstract_seal(digests)}, expected {seal}; run 'kvdb repair'"
+                )
+            self._layer_digests[key] = digests
+        return self._layer_digests[key]
+
+    def _abstract(self, segment: Segment, group: int, name: str) -> tuple[Path, int]:
         key = (segment.info.segment, group, name)
         if key not in self._abstracts:
-            path = segment.folder / format.abstract_array(segment.info.segment, name, group) / format.SHARD_KEY
-            try:
-                self._abstracts[key] = files.open_read(path)
-            except (FileNotFoundError, NotADirectoryError) as e:
-                raise Damaged(
-                    f"segment {segment.info.segment}, file {path}: {e.strerror}, expected its {name} abstract; "
-                    "run 'kvdb verify' and delete the sequence to recompute it"
-                ) from e
+            self._abstracts[key] = _open_array(segment, format.abstract_array(segment.info.segment, name, group))
+            if segment.seals is not None and self._verify != "never":
+                self._abstract_digests(segment, group, name, self._abstracts[key][0])
         return self._abstracts[key]
 
     def close(self) -> None:
         """Release descriptors and maps. Arrays handed out by nobody else: reads always copy."""
         while self._abstracts:
-            files.close(self._abstracts.popitem()[1])
+            files.close(self._abstracts.popitem()[1][1])
         while self._open:
             self._release(self._open.popitem()[1])
 
@@ -164,7 +276,7 @@ class Reader(ABC):
     def forget(self, segment: str) -> None:
         """Drop a segment that was discarded."""
         for abstract in [key for key in self._abstracts if key[0] == segment]:
-            files.close(self._abstracts.pop(abstract))
+            files.close(self._abstracts.pop(abstract)[1])
         for array in [key for key in self._open if key[0] == segment]:
             self._release(self._open.pop(array))
 
@@ -172,23 +284,31 @@ class Reader(ABC):
         key = (segment.info.segment, group)
         array = self._open.get(key)
         if array is None:
-            array = self._open[key] = _OpenArray(segment, group)
-            self._prepare(array, layout(segment.info, group).payload_bytes, segment.info)
+            array = _OpenArray(segment, group)
+            try:
+                if segment.seals is not None and self._verify != "never":
+                    name = format.kv_array(segment.info.segment, group)
+                    array.load_digests(segment.seals.get(name, "no seal"))
+                    assert array.digests is not None
+                    array.verified = self._verified.setdefault(key, np.zeros(len(array.digests), bool))
+                self._prepare(array, layout(segment.info, group).payload_bytes)
+            except BaseException:
+                self._release(array)
+                raise
+            self._open[key] = array
         return array
 
     @abstractmethod
-    def _prepare(self, array: _OpenArray, payload_bytes: int, info: SegmentInfo) -> None:
-        """Called once after opening, before the first `_fetch`."""
+    def _prepare(self, array: _OpenArray, payload_bytes: int) -> None:
+        """Called once after opening, before the first fetch."""
 
     @abstractmethod
-    def _fetch(self, array: _OpenArray, rows: Array, out: Array) -> None:
-        """Copy stored rows (numbered in the whole shard, in range) into `out`."""
+    def _fetch_planes(self, array: _OpenArray, rows: Array, out: Array) -> None:
+        """Copy rows that are stored as they are (numbered in the whole shard, in range) into `out`, K planes first."""
 
-
-def _decode_into(codec: Codec, rows: Array, out: Array) -> None:
-    records = np.empty((len(rows), 2, *out.shape[2:]), out.dtype)
-    codec.decode(rows, records)
-    out[...] = records.swapaxes(0, 1)
+    @abstractmethod
+    def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
+        """Stored rows, (n, row_bytes) uint8."""
 
 
 class MmapReader(Reader):
@@ -196,44 +316,54 @@ class MmapReader(Reader):
     LOOK_AGAIN_AFTER: ClassVar[int] = 4096
     """Gathers after which the kernel is asked again what is in the page cache."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, verify: str = "first", verified: Verified | None = None) -> None:
+        super().__init__(verify, verified)
         self._gathers = 0
 
-    def _prepare(self, array: _OpenArray, payload_bytes: int, info: SegmentInfo) -> None:
+    def _prepare(self, array: _OpenArray, payload_bytes: int) -> None:
         array.base = files.mmap(array.fd, payload_bytes)
         array.base.madvise(_mmap.MADV_RANDOM)
         flat = np.frombuffer(array.base, np.uint8)
         array.view = flat.reshape(-1, array.row)
         if array.codec.stored_as_is:
-            array.planes = flat.view(info.geometry.storage_dtype).reshape(2 * len(array.view), -1)
-        array.seen = _cached_rows(array)
+            array.planes = flat.view(array.info.geometry.storage_dtype).reshape(2 * len(array.view), -1)
+        array.seen = np.zeros(len(array.view), bool)
 
-    def _fetch(self, array: _OpenArray, rows: Array, out: Array) -> None:
+    def _fetch_planes(self, array: _OpenArray, rows: Array, out: Array) -> None:
         self._prefetch(array, rows)
+        planes = np.concatenate((2 * rows, 2 * rows + 1))
         # mode="clip" is 2.6x faster than "raise"; `read` has checked the range.
-        if array.codec.stored_as_is:
-            planes = np.concatenate((2 * rows, 2 * rows + 1))
-            np.take(array.planes, planes, axis=0, out=out.reshape(len(planes), -1), mode="clip")
-        else:
-            _decode_into(array.codec, np.take(array.view, rows, axis=0, mode="clip"), out)
+        np.take(array.planes, planes, axis=0, out=out.reshape(len(planes), -1), mode="clip")
+
+    def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
+        self._prefetch(array, rows)
+        return np.take(array.view, rows, axis=0, mode="clip")
 
     def _prefetch(self, array: _OpenArray, rows: Array) -> None:
+        """Have the kernel fetch all cold pages together, then wait for them where an error can be told."""
         self._gathers += 1
         if self._gathers % self.LOOK_AGAIN_AFTER == 0:
             for opened in self._open.values():
-                opened.seen = _cached_rows(opened)
+                opened.seen &= _cached_rows(opened)
         seen = array.seen[rows]
         if seen.all():
             return
         cold = np.unique(rows[~seen])
-        array.seen[cold] = True
         assert array.base is not None
         breaks = np.flatnonzero(np.diff(cold) != 1) + 1
-        for run in np.split(cold, breaks):
-            start = int(run[0]) * array.row
-            aligned = start - start % _mmap.PAGESIZE
-            array.base.madvise(_mmap.MADV_WILLNEED, aligned, (int(run[-1]) + 1) * array.row - aligned)
+        runs = [(int(run[0]) * array.row, (int(run[-1]) + 1) * array.row) for run in np.split(cold, breaks)]
+        pages = [(start - start % _mmap.PAGESIZE, stop) for start, stop in runs]
+        for start, stop in pages:
+            array.base.madvise(_mmap.MADV_WILLNEED, start, stop - start)
+        for start, stop in pages:
+            try:
+                files.populate(array.base, start, stop - start)
+            except OSError as e:
+                raise Damaged(
+                    f"segment {array.info.segment}, file {array.path}, offset {start}: {e.strerror}, expected {stop - start} "
+                    "bytes; the file was cut or its device fails: run 'kvdb verify'"
+                ) from e
+        array.seen[cold] = True
 
 
 def _cached_rows(array: _OpenArray) -> Array:
@@ -249,25 +379,27 @@ def _cached_rows(array: _OpenArray) -> Array:
 class PreadReader(Reader):
     name: ClassVar[str] = "pread"
 
-    def _prepare(self, array: _OpenArray, payload_bytes: int, info: SegmentInfo) -> None:
+    def _prepare(self, array: _OpenArray, payload_bytes: int) -> None:
         """The descriptor is all it needs."""
 
-    def _fetch(self, array: _OpenArray, rows: Array, out: Array) -> None:
-        if array.codec.stored_as_is:
-            for i, row in enumerate(rows.tolist()):
-                buffers = [memoryview(out[0, i]).cast("B"), memoryview(out[1, i]).cast("B")]
-                self._read_row(array, row, buffers)
-        else:
-            stored = np.empty((len(rows), array.row), np.uint8)
-            for i, row in enumerate(rows.tolist()):
-                self._read_row(array, row, [memoryview(stored[i])])
-            _decode_into(array.codec, stored, out)
+    def _fetch_planes(self, array: _OpenArray, rows: Array, out: Array) -> None:
+        for i, row in enumerate(rows.tolist()):
+            self._read_row(array, row, [memoryview(out[0, i]).cast("B"), memoryview(out[1, i]).cast("B")])
+
+    def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
+        stored = np.empty((len(rows), array.row), np.uint8)
+        for i, row in enumerate(rows.tolist()):
+            self._read_row(array, row, [memoryview(stored[i])])
+        return stored
 
     @staticmethod
     def _read_row(array: _OpenArray, row: int, buffers: list[memoryview]) -> None:
         n = files.preadv(array.fd, buffers, row * array.row)
         if n != array.row:
-            raise Damaged(f"file {array.path}: {n} bytes at {row * array.row}, expected {array.row}; run 'kvdb verify'")
+            raise Damaged(
+                f"segment {array.info.segment}, file {array.path}: {n} bytes at {row * array.row}, expected {array.row}; run "
+                "'kvdb verify'"
+            )
 
 
 READERS: Final[dict[str, type[Reader]]] = {reader.name: reader for reader in (MmapReader, PreadReader)}

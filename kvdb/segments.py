@@ -2,7 +2,7 @@
 
     writer = SegmentWriter(...)            # in tmp/<writer>/, readable at once through a Reader
     writer.append(layer, keys, values)     # any layer order; each layer's tokens in order
-    sealed = writer.seal(token_ids)        # index, metadata, fsync: complete, but still invisible
+    entry = writer.seal(token_ids)         # index, metadata, fsync: complete, but still invisible
     writer.publish(chunks_folder)          # rename + fsync of the folder; the catalog entry comes after
 
 A writer reserves `capacity` chunk slots per layer up front (a sparse file), so that a layer is contiguous whatever the
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,6 +22,7 @@ import xxhash
 from kvdb import files, format
 from kvdb.abstracts import ABSTRACTS
 from kvdb.codecs import CODECS, Codec
+from kvdb.entries import SegmentEntry
 from kvdb.errors import InvalidInput, Unsupported
 from kvdb.format import CodecSpec, SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
@@ -31,11 +32,19 @@ from kvdb.prefix import Tokens
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+_ARRAY_OVERHEAD: Final = 24 << 10
+"""Bytes an array may take besides its values: its folder, its metadata, the last block of each file."""
+
+
 class Segment(NamedTuple):
-    """A segment and the folder its arrays lie in: all a reader needs."""
+    """A segment and the folder its arrays lie in: all a reader needs.
+
+    seals  array name -> digest of its digests, as the catalog has them; None while it is being written
+    """
 
     info: SegmentInfo
     folder: Path
+    seals: dict[str, str] | None = None
 
 
 def codec_of(info: SegmentInfo) -> Codec:
@@ -43,6 +52,8 @@ def codec_of(info: SegmentInfo) -> Codec:
 
     raises  Unsupported for one that this version does not know
     """
+    if info.cipher is not None:
+        raise Unsupported(f"segment {info.segment}: cipher {info.cipher!r}, expected none; upgrade kvdb")
     unknown = [a for a in info.abstracts if a not in ABSTRACTS]
     if info.codec.name not in CODECS or unknown:
         raise Unsupported(
@@ -67,6 +78,18 @@ def abstract_bytes(info: SegmentInfo, group: int, name: str) -> int:
     g = info.geometry.groups[group]
     itemsize = info.geometry.storage_dtype.itemsize
     return info.capacity * g.kv_heads * ABSTRACTS[name].parts * g.head_dim * itemsize
+
+
+def reserved_bytes(geometry: Geometry, codec: Codec, abstracts: tuple[str, ...], capacity: int) -> int:
+    """Most that the files of a segment of `capacity` chunks can occupy, folders and metadata included."""
+    total, ct, itemsize = 0, geometry.chunk_tokens, geometry.storage_dtype.itemsize
+    for group, g in enumerate(geometry.groups):
+        row = codec.row_bytes(ct, g.head_dim, itemsize)
+        total += format.shard_layout(geometry, group, capacity, capacity * ct, row).file_bytes + _ARRAY_OVERHEAD
+        for name in abstracts:
+            values = len(g.layers) * capacity * g.kv_heads * ABSTRACTS[name].parts * g.head_dim
+            total += values * itemsize + _ARRAY_OVERHEAD
+    return total
 
 
 class SegmentWriter:
@@ -107,7 +130,9 @@ class SegmentWriter:
         )
         self.folder = folder
         self.written = dict.fromkeys(geometry.layers, 0)  # tokens per layer
+        self.entry: SegmentEntry | None = None  # once sealed
         self._fds: dict[str, int] = {}
+        self._sections: list[format.Sections] = [{} for _ in geometry.groups]
         self._digests = [np.zeros(len(g.layers) * capacity * g.kv_heads, "<u8") for g in geometry.groups]
         try:
             for group in range(len(geometry.groups)):
@@ -150,8 +175,7 @@ class SegmentWriter:
         raises        InvalidInput for a wrong shape or dtype, or more tokens than reserved; StorageFull
         """
         geometry = self.info.geometry
-        group, row = geometry.locate(layer)
-        g, ct = geometry.groups[group], geometry.chunk_tokens
+        g, ct = geometry.groups[geometry.locate(layer)[0]], geometry.chunk_tokens
         tokens, done = keys.shape[1], self.written[layer]
         if keys.shape != (g.kv_heads, tokens, g.head_dim) or values.shape != keys.shape or tokens == 0:
             raise InvalidInput(
@@ -176,16 +200,27 @@ class SegmentWriter:
             padded[:, :tokens] = plane
             by_token[:, kv] = padded.reshape(g.kv_heads, chunks, ct, g.head_dim)
         rows = self.codec.encode(records.reshape(chunks * g.kv_heads, 2, ct, g.head_dim))
-        first = (row * self.info.capacity + done // ct) * g.kv_heads
+        exact_keys = format.as_float32(by_token[:, 0], geometry.dtype)
+        built = {name: ABSTRACTS[name].build(exact_keys, tokens) for name in self.info.abstracts}
+        self.append_rows(layer, rows, built, tokens)
+
+    def append_rows(self, layer: int, rows: Array, abstracts: dict[str, Array], tokens: int) -> None:
+        """Write the next tokens of one layer as they are to be stored: what `append` encodes, or another segment holds.
+
+        rows       (chunks * kv_heads, row_bytes) uint8
+        abstracts  for each name (chunks, kv_heads, parts, head_dim) float32
+        """
+        geometry = self.info.geometry
+        group, layer_row = geometry.locate(layer)
+        heads, chunk = geometry.groups[group].kv_heads, self.written[layer] // geometry.chunk_tokens
+        first = (layer_row * self.info.capacity + chunk) * heads
         self._digests[group][first : first + len(rows)] = format.record_digests(self.info.segment, first, rows)
         self._write(format.kv_array(self.info.segment, group), rows, first * rows.shape[1])
-        exact_keys = format.as_float32(by_token[:, 0], geometry.dtype)
-        for name in self.info.abstracts:
-            built = ABSTRACTS[name].build(exact_keys, tokens)
+        for name, built in abstracts.items():
             stored = np.ascontiguousarray(format.from_float32(built, geometry.dtype))
-            offset = row * abstract_bytes(self.info, group, name) + done // ct * stored[0].nbytes
+            offset = layer_row * abstract_bytes(self.info, group, name) + chunk * stored[0].nbytes
             self._write(format.abstract_array(self.info.segment, name, group), stored, offset)
-        self.written[layer] = done + tokens
+        self.written[layer] += tokens
 
     def keep(self, tokens: int) -> None:
         """Forget what layers hold beyond the first `tokens`, a whole number of chunks: an interrupted pass leaves some
@@ -203,10 +238,11 @@ class SegmentWriter:
             digests.reshape(len(g.layers), -1)[:, tokens // geometry.chunk_tokens * g.kv_heads :] = 0
         self.written = dict.fromkeys(geometry.layers, tokens)
 
-    def seal(self, token_ids: Tokens) -> SegmentInfo:
+    def seal(self, token_ids: Tokens, *, durable: bool = True) -> SegmentEntry:
         """Complete the files and force them to disk. All layers must hold exactly `len(token_ids)` tokens.
 
-        raises  InvalidInput when a layer lags; StorageFull; OSError from fsync (final: discard the writer)
+        durable  False: leave it to the system when the bytes reach the disk
+        raises   InvalidInput when a layer lags; StorageFull; OSError from fsync (final: discard the writer)
         """
         tokens = len(token_ids)
         if tokens == 0 or set(self.written.values()) != {tokens}:
@@ -216,42 +252,68 @@ class SegmentWriter:
             )
         self.info = msgspec.structs.replace(self.info, tokens=tokens)
         token_bytes = np.ascontiguousarray(token_ids, "<u4")
+        seals: dict[str, str] = {}
         for group in range(len(self.info.geometry.groups)):
             array, place = format.kv_array(self.info.segment, group), layout(self.info, group)
             digests = self._digests[group]
             self._write(array, digests, place.digests_offset)
-            sections: format.Sections = {"digests": format.section(place.digests_offset, digests)}
+            self._sections[group] = {"digests": format.section(place.digests_offset, digests)}
+            seals[array] = self._sections[group]["digests"][2]
             if group == 0:
                 self._write(array, token_bytes, place.tokens_offset)
-                sections["tokens"] = format.section(place.tokens_offset, token_bytes)
+                self._sections[group]["tokens"] = format.section(place.tokens_offset, token_bytes)
             index = format.shard_index(
                 self.info.geometry, group, self.info.capacity, self.info.chunks, row_bytes(self.info, group)
             )
             files.write_all(self._fds[array], index, place.index_offset, self._path(array))
-            metadata = format.kv_metadata(self.info, self.identity, group, self.codec, sections)
-            files.write_new(self.folder / array / format.METADATA_KEY, metadata)
+            self._describe(group)
             for name in self.info.abstracts:
-                self._seal_abstract(group, name)
-        for array, fd in self._fds.items():
-            files.fsync(fd, self._path(array))
-            files.fsync_dir(self.folder / array)
+                seals[format.abstract_array(self.info.segment, name, group)] = self._seal_abstract(group, name)
+        if durable:
+            files.fsync_trees([self.folder / array for array in self._fds])
         self._close()
-        return self.info
+        disk_bytes = sum(files.tree_bytes(self.folder / array) for array in self.info.array_names())
+        self.entry = SegmentEntry(info=self.info, seals=seals, disk_bytes=disk_bytes)
+        return self.entry
 
-    def _seal_abstract(self, group: int, name: str) -> None:
+    def _describe(self, group: int) -> None:
+        metadata = format.kv_metadata(self.info, self.identity, group, self.codec, self._sections[group])
+        self._write_metadata(format.kv_array(self.info.segment, group), metadata)
+
+    def _write_metadata(self, array: str, metadata: bytes) -> None:
+        path = self.folder / array / format.METADATA_KEY
+        fd = files.open_excl(path)
+        try:
+            files.write_all(fd, metadata, 0, path)
+        finally:
+            files.close(fd)
+
+    def _seal_abstract(self, group: int, name: str) -> str:
         array = format.abstract_array(self.info.segment, name, group)
         size = abstract_bytes(self.info, group, name)
         layers = range(len(self.info.geometry.groups[group].layers))
         digests = [xxhash.xxh3_64_hexdigest(files.pread(self._fds[array], size, layer * size)) for layer in layers]
         metadata = format.abstract_metadata(self.info, group, name, ABSTRACTS[name].parts, digests)
-        files.write_new(self.folder / array / format.METADATA_KEY, metadata)
+        self._write_metadata(array, metadata)
+        return format.abstract_seal(digests)
 
-    def publish(self, chunks: Path) -> Segment:
+    def reparent(self, parent: str) -> None:
+        """The segment before this one has another id now, after a compaction."""
+        self.info = msgspec.structs.replace(self.info, parent=parent)
+        if self.entry is not None:
+            self.entry = msgspec.structs.replace(self.entry, info=self.info)
+            for group in range(len(self.info.geometry.groups)):
+                array = format.kv_array(self.info.segment, group)
+                files.unlink(self.folder / array / format.METADATA_KEY)
+                self._describe(group)
+                files.fsync_trees([self.folder / array])
+
+    def publish(self, chunks: Path, *, durable: bool = True) -> None:
         """Move the sealed arrays into the store. Still invisible: the catalog decides what exists."""
         for array in self.info.array_names():
             files.rename(self.folder / array, chunks / array)
-        files.fsync_dir(chunks)
-        return Segment(self.info, chunks)
+        if durable:
+            files.fsync_dir(chunks)
 
     def discard(self) -> None:
         """Remove everything; never fails on what is already gone."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, Self
@@ -15,31 +17,40 @@ from typing import Any, Final, Literal, NamedTuple, Self
 import msgspec
 import numpy as np
 
-from kvdb import files, folder, format
-from kvdb.catalog import Catalog, Found, Sequence, Span, Transaction, sequence_key, spans_of
+from kvdb import compact, files, folder, manifests, portable, repair
+from kvdb.catalog import Catalog
 from kvdb.check import check_store
 from kvdb.codecs import Codec, Raw
+from kvdb.entries import Found, Limits, SegmentEntry, Sequence, Span, spans_root
 from kvdb.errors import (
     Damaged,
     InvalidInput,
+    OlderFormat,
     PrefixDeleted,
     Problem,
     ReadOnly,
+    SequenceNotFound,
     StoreError,
     StoreLocked,
     StoreNotFound,
+    Unsupported,
 )
 from kvdb.folder import Header
-from kvdb.format import SegmentInfo
+from kvdb.format import FORMAT_VERSION, SegmentInfo
 from kvdb.geometry import Geometry
 from kvdb.identity import EXACT, Identity
 from kvdb.prefix import Tokens
-from kvdb.reader import READERS, Reader
+from kvdb.reader import READERS, VERIFY, Reader, Verified
 from kvdb.retention import RETENTION
-from kvdb.segments import Segment, SegmentWriter, new_segment_id
+from kvdb.segments import Segment, SegmentWriter, new_segment_id, reserved_bytes
+from kvdb.sizes import parse_bytes
+from kvdb.space import Space
+from kvdb.transaction import Transaction
 
 Mode = Literal["r", "r+", "a", "w", "w-"]
 _MODES: Final = ("r", "r+", "a", "w", "w-")
+DURABILITY: Final = ("commit", "relaxed")
+UNLIMITED: Final = "unlimited"
 
 
 class Match(NamedTuple):
@@ -61,26 +72,36 @@ class Committed(NamedTuple):
 
 
 class KVDB:
-    """An open store. Use `KVDB.open`; a context manager.
+    """An open store. Use `KVDB.open`; a context manager."""
 
-    path       folder of the store
-    mode       "r" read only; "r+" existing store, read and write; "a" (default) create if missing;
-               "w" create, replacing an existing store; "w-" create, fail if it exists
-    salt       tenant salt: KV is only shared between handles with the same salt
-    read_mode  "mmap" (default) or "pread" (network file systems)
-    """
-
-    def __init__(self, path: Path, header: Header, *, mode: Mode, salt: str, read_mode: str) -> None:
-        self.path, self.header, self.mode, self.salt, self.read_mode = path, header, mode, salt, read_mode
-        self.readonly = mode == "r"
+    def __init__(self, path: Path, header: Header, options: Options) -> None:
+        self.path, self.header, self.options = path, header, options
+        self.mode, self.salt, self.read_mode = options.mode, options.salt, options.read_mode
+        self.readonly = options.mode == "r"
+        self.durable = options.durability == "commit"
         self._pid = os.getpid()
         self._workspace: Path | None = None
         self._workspace_lock: int | None = None
+        self._verified: Verified = {}
+        self._used: dict[str, int] = {}  # segment -> hits since the last write transaction
         self._held: int | None = folder.hold(path, exclusive=False)
         try:
-            self.catalog = Catalog(path / "catalog", readonly=self.readonly)
+            self.catalog = Catalog(
+                path / "catalog",
+                readonly=self.readonly,
+                durable=self.durable,
+                lock=options.lock,
+                lock_timeout_s=options.lock_timeout_s,
+            )
+            self.space = Space(
+                path,
+                self.catalog,
+                floor=options.min_free,
+                grace_s=options.grace_s,
+                retention=RETENTION[options.retention],
+            )
             if not self.readonly:
-                folder.sweep(path, self.catalog)
+                self._tidy()
         except BaseException:
             files.close(self._held)
             raise
@@ -88,32 +109,93 @@ class KVDB:
     # -- opening and closing
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], mode: Mode = "a", *, salt: str = "", read_mode: str = "mmap") -> KVDB:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        mode: Mode = "a",
+        *,
+        salt: str = "",
+        read_mode: str | None = None,
+        verify: str = "first",
+        durability: str = "commit",
+        size_cap: int | str | None = None,
+        min_free: int | str = "64MiB",
+        retention: str = "lru",
+        grace_s: float = 10.0,
+        lock_timeout_s: float = 30.0,
+    ) -> KVDB:
         """Open or create a store.
 
-        raises  StoreNotFound, NotAStore, NewerFormat, Damaged; InvalidInput for an unknown mode; OSError for permissions
+        mode        "r" read only; "r+" existing store, read and write; "a" (default) create if missing;
+                    "w" create, replacing an existing store; "w-" create, fail if it exists
+        salt        tenant salt: KV is only shared between handles with the same salt
+        read_mode   "mmap" (default on Linux) or "pread" (network file systems, macOS)
+        verify      compare records with their digests "always", "first" time each is read (default), or "never"
+        durability  "commit": on disk when a commit returns; "relaxed": a power failure may lose the last commits, and
+                    never more; `sync` and `close` make them durable
+        size_cap    most the store may occupy, "50GB" say, all its files counted; remembered in the store, "unlimited" takes
+                    it away. Unnamed sequences go first to keep it
+        min_free    what writes leave free on the disk
+        retention   which unnamed KV goes first
+        grace_s     how long deleted files stay readable, unless room is needed
+        lock_timeout_s  how long to wait for another writer
+        raises      StoreNotFound, NotAStore, NewerFormat, OlderFormat, Damaged, StoreLocked; Unsupported on systems other
+                    than Linux and macOS; InvalidInput for an unknown option; OSError for permissions
         """
-        if mode not in _MODES:
-            raise InvalidInput(f"KVDB.open: mode is {mode!r}, expected one of {_MODES}")
-        if read_mode not in READERS:
-            raise InvalidInput(f"KVDB.open: read_mode is {read_mode!r}, expected one of {sorted(READERS)}")
+        options = Options(
+            mode=mode,
+            salt=salt,
+            read_mode=read_mode or ("mmap" if sys.platform == "linux" else "pread"),
+            verify=verify,
+            durability=durability,
+            min_free=parse_bytes("KVDB.open: min_free", min_free),
+            retention=retention,
+            grace_s=grace_s,
+            lock_timeout_s=lock_timeout_s,
+        )
         root = Path(path)
-        exists = folder.holds_store(root)
-        if mode in ("r", "r+") and not exists:
-            raise StoreNotFound(f"{root}: no store there, expected one for mode {mode!r}; use mode 'a' to create it")
-        if mode == "w-" and exists:
-            raise StoreError(f"{root}: a store is there, expected none for mode 'w-'; use mode 'a' to open it")
-        if mode == "w" and exists:
-            folder.read_header(root)  # refuses to replace what is no store or a newer one
-            held = folder.hold(root, exclusive=True)  # no handle of any process may be left with removed files
+        _make_ready(root, mode)
+        header = folder.read_header(root)
+        if header.format < FORMAT_VERSION:
+            if mode == "r":
+                raise OlderFormat(
+                    f"{root}: store of format {header.format}, expected {FORMAT_VERSION}; open it once with mode 'r+', which "
+                    "upgrades it"
+                )
+            repair.upgrade(root)
+            header = folder.read_header(root)
+        db = cls(root, header, options)
+        if size_cap is not None:
             try:
-                files.remove_tree(root)
-            finally:
-                files.close(held)
-            exists = False
-        if not exists:
-            folder.create(root)
-        return cls(root, folder.read_header(root), mode=mode, salt=salt, read_mode=read_mode)
+                db.set_size_cap(size_cap)
+            except BaseException:
+                db.close()
+                raise
+        return db
+
+    @classmethod
+    def open_untrusted(cls, path: str | os.PathLike[str]) -> KVDB:
+        """Open a store to look at, without the locks and files that readers of a live one leave in it."""
+        root = Path(path)
+        _make_ready(root, "r")
+        return cls(root, folder.read_header(root), Options(mode="r", read_mode="pread", lock=False))
+
+    def _tidy(self) -> None:
+        """What an opener for writing owes the store: leftovers removed, limits kept."""
+        folder.make_parts(self.path)
+        folder.sweep(self.path, self.catalog)
+        self.space.reap()
+        self.catalog.ballast()
+        with contextlib.suppress(Damaged):  # a damaged catalog is for `check` and `repair` to tell; reading goes on
+            with self.catalog.begin() as txn:
+                unsynced = set(txn.unsynced().values()) - {files.moment().boot}
+                due = txn.next_expiry()
+                expired = due is not None and due <= txn.now()
+            if unsynced:
+                repair.drop_lost(self.path, self.catalog)
+            if expired:
+                self.space.evict(0)
+            self.space.enforce()
 
     def __enter__(self) -> Self:
         return self
@@ -125,6 +207,13 @@ class KVDB:
 
     def close(self) -> None:
         """Close the store; closing twice is fine. Caches made from it must not be used any more."""
+        if not self.catalog.closed and self._pid == os.getpid() and not self.readonly:
+            with contextlib.suppress(StoreError, Damaged, OSError):  # statistics, and what `sync` would tell
+                if self._used:
+                    with self.write_transaction():
+                        pass
+                if not self.durable:
+                    self.sync()
         if self._workspace is not None:
             if self._pid == os.getpid():  # a forked child must not remove its parent's
                 files.remove_tree(self._workspace)
@@ -133,13 +222,31 @@ class KVDB:
             files.close(self._workspace_lock)
             self._workspace_lock = None
         self.catalog.close()
+        self._verified.clear()
         if self._held is not None:
             files.close(self._held)
             self._held = None
 
+    def sync(self) -> None:
+        """Force to disk what was committed with durability "relaxed". Nothing to do otherwise."""
+        self._writable()
+        boot = files.moment().boot
+        with self.catalog.locked():
+            with self.catalog.begin() as txn:
+                waiting = [s for s, written in txn.unsynced().items() if written == boot]
+                infos = [entry.info for s in waiting if (entry := txn.entry(s)) is not None]
+            if waiting:
+                chunks = self.path / "chunks"
+                files.fsync_trees([chunks / array for info in infos for array in info.array_names()])
+                files.fsync_dir(chunks)
+                with self.catalog.begin(write=True) as txn:
+                    for segment in waiting:
+                        txn.mark_synced(segment)
+            self.catalog.sync()
+
     def reader(self) -> Reader:
         """A reader of its own for one thread of generation; close it after use."""
-        return READERS[self.read_mode]()
+        return READERS[self.read_mode](self.options.verify, self._verified)
 
     # -- reading
 
@@ -186,13 +293,7 @@ class KVDB:
             return self._segments(txn, spans)
 
     def _segments(self, txn: Transaction, spans: tuple[Span, ...]) -> list[Segment]:
-        found = []
-        for span in spans:
-            info = txn.segment(span.segment)
-            if info is None:
-                raise Damaged(f"segment {span.segment}: not in the catalog, expected it; run 'kvdb verify'")
-            found.append(Segment(info, self.path / "chunks"))
-        return found
+        return [Segment(entry.info, self.path / "chunks", entry.seals) for entry in txn.span_entries(spans)]
 
     def holds(self, spans: tuple[Span, ...]) -> bool:
         """Whether every segment behind spans is in the catalog."""
@@ -206,9 +307,19 @@ class KVDB:
         return np.concatenate(parts) if parts else np.empty(0, "<u4")
 
     def sequence(self, name_or_key: str) -> Sequence:
-        """One sequence by name or key. Raises SequenceNotFound."""
+        """One sequence by name or key.
+
+        raises  SequenceNotFound, also for one that has expired; Damaged when its KV is not the one it was made for
+        """
         with self.catalog.begin() as txn:
-            return txn.sequence(name_or_key)
+            found = txn.sequence(name_or_key)
+            if found.expires is not None and found.expires <= txn.now() and not found.pinned:
+                raise SequenceNotFound(f"sequence {name_or_key!r}: expired, expected a live one; save it again")
+            if (root := spans_root(found.spans, txn.span_entries(found.spans))) != found.root:
+                raise Damaged(
+                    f"sequence {name_or_key!r}: root of its segments is {root}, expected {found.root}; run 'kvdb repair'"
+                )
+            return found
 
     def identity(self, digest: str) -> Identity:
         """One identity by its digest in hex. Raises Damaged when no such entry is there."""
@@ -226,31 +337,30 @@ class KVDB:
     def info(self) -> dict[str, Any]:
         """Facts about the store as JSON-safe values; bytes are what files occupy on disk."""
         with self.catalog.begin() as txn:
-            sequences, ids = txn.sequences(), txn.segment_ids()
-            infos = [info for i in ids if (info := txn.segment(i)) is not None]
-            identities = txn.identities()
-        kv_bytes = sum(info.tokens * info.geometry.token_bytes for info in infos)
+            sequences, infos = txn.sequences(), [entry.info for entry in txn.segments().values()]
+            identities, counters, limits = txn.totals("identities").count, txn.counters(), txn.limits()
         return {
             "path": str(self.path),
             "format": self.header.format,
             "store": self.header.store,
             "created": self.header.created,
             "sequences": len(sequences),
+            "named": sum(s.name is not None for s in sequences),
+            "pinned": sum(s.pinned for s in sequences),
             "segments": len(infos),
             "tokens": sum(info.tokens for info in infos),
-            "identities": len(identities),
-            "kv_bytes": kv_bytes,
-            "disk_bytes": sum(self.segment_disk_bytes(info) for info in infos),
+            "identities": identities,
+            "kv_bytes": sum(info.tokens * info.geometry.token_bytes for info in infos),
+            "disk_bytes": counters.segment_bytes,
             "catalog_bytes": self.catalog.file_bytes(),
+            "used_bytes": self.space.used_bytes(),
+            "size_cap": limits.size_cap,
+            "segments_written": counters.segments_written,
+            "tokens_written": counters.tokens_written,
+            "bytes_written": counters.bytes_written,
+            "bytes_compacted": counters.bytes_compacted,
+            "segments_evicted": counters.segments_evicted,
         }
-
-    def segment_disk_bytes(self, info: SegmentInfo) -> int:
-        """Bytes the segment's files occupy; missing files count as 0."""
-        total = 0
-        for array in info.array_names():
-            with contextlib.suppress(FileNotFoundError):
-                total += files.disk_bytes(self.path / "chunks" / array / format.SHARD_KEY)
-        return total
 
     def check(self) -> list[Problem]:
         """Walk everything and return what is wrong: catalog, files, token ids, digest of every record."""
@@ -272,73 +382,94 @@ class KVDB:
     ) -> SegmentWriter:
         """Begin a segment of at most `capacity` chunks after `parent`, at position `start`.
 
-        raises  ReadOnly in mode "r"; StorageFull
+        raises  ReadOnly in mode "r"; StorageFull when the cap or the disk has no room for it, even after eviction
         """
-        return SegmentWriter(
-            self._own_workspace(),
-            segment=new_segment_id(),
-            identity=identity,
-            fidelity=fidelity,
-            geometry=geometry,
-            codec=codec or Raw(),
-            abstracts=abstracts,
-            parent=parent,
-            start=start,
-            capacity=capacity,
-        )
+        workspace, codec = self.own_workspace(), codec or Raw()
+        with self.catalog.locked():  # until its files stand there, full size, no other writer counts this room as free
+            with self.catalog.begin() as txn:
+                parent = None if parent is None else txn.current(parent)
+            self.space.make_room(reserved_bytes(geometry, codec, abstracts, capacity), keep=parent)
+            return SegmentWriter(
+                workspace,
+                segment=new_segment_id(),
+                identity=identity,
+                fidelity=fidelity,
+                geometry=geometry,
+                codec=codec,
+                abstracts=abstracts,
+                parent=parent,
+                start=start,
+                capacity=capacity,
+            )
 
     def commit(
-        self,
-        writer: SegmentWriter,
-        token_ids: Tokens,
-        prefix_tokens: Tokens,
-        *,
-        model: str = "",
-        replaces: str | None = None,
+        self, writer: SegmentWriter, token_ids: Tokens, *, model: str = "", replaces: str | None = None
     ) -> Committed:
         """Seal a segment and make it visible, with the unnamed sequence that ends in it: one transaction, so that nobody
         can take the segment for unused. If another writer has stored the same tokens with the same identity, fidelity and
         codec meanwhile, theirs is adopted and this one discarded.
 
         token_ids        of the segment
-        prefix_tokens    of all positions before it
         model, replaces  as for `put_sequence`
+        raises           PrefixDeleted, StorageFull, StoreLocked, InvalidInput; the writer is discarded then
         """
+        adopted = None
         try:
-            info = writer.seal(token_ids)
-            with self.catalog.begin(write=True) as txn:
-                _still_there(txn, info.parent)
-                adopted = self._same(txn, info, np.concatenate((prefix_tokens, token_ids)))
+            writer.seal(token_ids, durable=self.durable)
+            with self.write_transaction() as txn:
+                self._settle_parent(txn, writer)
+                assert writer.entry is not None
+                entry = writer.entry
+                adopted = self._same(txn, entry.info, token_ids)
                 if adopted is None:
-                    txn.add_segment(info, writer.identity, token_ids)  # may refuse: so before any file moves
-                last = adopted or info
-                key = _record(txn, last, last.stop, name=None, model=model, replaces=replaces)
+                    txn.add_segment(entry, writer.identity, token_ids)  # may refuse: so before any file moves
+                    if not self.durable:
+                        txn.mark_unsynced(entry.info.segment, files.moment().boot)
+                    txn.count(segments_written=1, tokens_written=entry.info.tokens, bytes_written=entry.disk_bytes)
+                last = adopted or entry
+                key = txn.record(last.info, last.info.stop, model=model, replaces=replaces).key
                 if adopted is None:
-                    writer.publish(self.path / "chunks")
+                    writer.publish(self.path / "chunks", durable=self.durable)
         except BaseException:
-            self._abandon(writer)
+            self.abandon(writer)
             raise
         if adopted is not None:
             writer.discard()
-        return Committed(Segment(last, self.path / "chunks"), key)
+        self.space.enforce(keep=last.info.segment)
+        self.space.reap()
+        return Committed(Segment(last.info, self.path / "chunks", last.seals), key)
 
-    def _abandon(self, writer: SegmentWriter) -> None:
+    @staticmethod
+    def _settle_parent(txn: Transaction, writer: SegmentWriter) -> None:
+        """raises  PrefixDeleted when somebody has deleted what the writer builds on"""
+        parent = writer.info.parent
+        if parent is not None:
+            now = txn.current(parent)
+            _still_there(txn, now)
+            if now != parent:
+                writer.reparent(now)
+
+    def abandon(self, writer: SegmentWriter) -> None:
         """Remove the files of a failed commit, unless it was interrupted after it had succeeded."""
         writer.discard()
-        with self.catalog.begin() as txn:
+        with contextlib.suppress(Damaged, StoreError), self.catalog.begin() as txn:
             if txn.segment(writer.info.segment) is None:
                 for array in writer.info.array_names():
                     files.remove_tree(self.path / "chunks" / array)
 
     @staticmethod
-    def _same(txn: Transaction, info: SegmentInfo, tokens: Tokens) -> SegmentInfo | None:
+    def _same(txn: Transaction, info: SegmentInfo, token_ids: Tokens) -> SegmentEntry | None:
+        tokens = token_ids
+        if info.parent is not None:
+            tokens = np.concatenate((txn.path_tokens(info.parent)[: info.start], token_ids))
         found = txn.find(info.identity, tokens, exact=info.fidelity == EXACT)
-        if found.tokens != len(tokens) or not found.spans:
+        if found.tokens != len(tokens):
             return None
-        other = txn.segment(found.spans[-1].segment)
-        same = other is not None and (other.start, other.parent, other.tokens, other.fidelity, other.codec) == (
-            info.start, info.parent, info.tokens, info.fidelity, info.codec,
-        )  # fmt: skip
+        other = txn.entry(found.spans[-1].segment)
+        same = other is not None and all(
+            getattr(other.info, field) == getattr(info, field)
+            for field in ("start", "parent", "tokens", "fidelity", "codec", "cipher", "geometry")
+        )
         return other if same else None
 
     def put_sequence(
@@ -349,12 +480,14 @@ class KVDB:
         name: str | None = None,
         model: str = "",
         replaces: str | None = None,
+        ttl_s: float | None = None,
     ) -> str:
         """Record the sequence that ends in segment `last` with `tokens` tokens in all, and return its key.
 
         name      None for a sequence that may be evicted; a name moves to its newest sequence
         model     what to show people; not part of the identity
         replaces  key of an unnamed sequence that this one continues, to be forgotten
+        ttl_s     seconds after which it goes, named or not; None: never by age
         raises    InvalidInput for an empty name or a token count outside `last`; ReadOnly
         """
         self._writable()
@@ -365,62 +498,113 @@ class KVDB:
             )
         if name is not None:
             check_name(name)
-        with self.catalog.begin(write=True) as txn:
-            _still_there(txn, last.info.segment)
-            return _record(txn, last.info, tokens, name=name, model=model, replaces=replaces)
+        if ttl_s is not None and not ttl_s > 0:
+            raise InvalidInput(f"sequence: ttl_s is {ttl_s!r}, expected seconds above 0")
+        with self.write_transaction() as txn:
+            info = txn.segment(txn.current(last.info.segment))
+            if info is None:
+                raise _deleted(last.info.segment)
+            older = None if name is None else txn.named(name)
+            sequence = txn.record(info, tokens, name=name, model=model, replaces=replaces, ttl_s=ttl_s)
+            if name is not None:
+                manifests.write(self.path, self.own_workspace(), sequence)
+        if older is not None and older.key != sequence.key:
+            manifests.remove(self.path, older.key)
+        self.space.enforce(keep=info.segment)
+        return sequence.key
 
-    def touch(self, identity: Identity, spans: tuple[Span, ...]) -> None:
-        """Note that the sequence with exactly these spans was used now; nothing happens if there is none."""
+    def touch(self, spans: tuple[Span, ...]) -> None:
+        """Note that these spans were reused. Written down with the next write of this handle, or when it is closed."""
         self._writable()
-        with self.catalog.begin(write=True) as txn:
-            sequence = txn.find_sequence(sequence_key(identity.digest().hex(), spans, None))
-            if sequence is not None:
-                txn.put_sequence(msgspec.structs.replace(sequence, last_used=files.now()))
+        for span in spans:
+            self._used[span.segment] = self._used.pop(span.segment, 0) + 1
 
-    def delete(self, name_or_key: str) -> int:
-        """Forget a sequence and the segments only it used; returns bytes of files removed.
+    def pin(self, name_or_key: str, pinned: bool = True) -> None:
+        """Keep a sequence from eviction, expiry and deletion, or let it go again.
 
         raises  SequenceNotFound, ReadOnly
         """
         self._writable()
-        with self.catalog.begin(write=True) as txn:
-            txn.remove_sequence(txn.sequence(name_or_key))
-            dead = txn.remove_unreferenced()
-        return self._unlink(dead)
+        with self.write_transaction() as txn:
+            txn.set_pinned(txn.sequence(name_or_key), pinned)
 
-    def evict(self, target_bytes: int, *, policy: str = "lru") -> list[Sequence]:
-        """Delete unnamed sequences in the policy's order until KV files occupy at most `target_bytes`.
+    def delete(self, name_or_key: str) -> int:
+        """Forget a sequence and the segments only it used; returns bytes of files that go.
 
-        returns  the sequences deleted; fewer bytes may be freed than hoped, since prefixes are shared
-        raises   InvalidInput for an unknown policy; ReadOnly
+        raises  SequenceNotFound, ReadOnly; InvalidInput for a pinned one
         """
         self._writable()
-        if policy not in RETENTION:
-            raise InvalidInput(f"evict: policy is {policy!r}, expected one of {sorted(RETENTION)}")
-        with self.catalog.begin(write=True) as txn:
+        with self.catalog.freeing(), self.write_transaction() as txn:
+            sequence = txn.sequence(name_or_key)
+            if sequence.pinned:
+                raise InvalidInput(f"sequence {name_or_key!r}: pinned, expected one that may go; unpin it first")
+            before = txn.counters().segment_bytes
+            txn.remove_sequence(sequence)
             dead = txn.remove_unreferenced()
-        self._unlink(dead)
-        evicted: list[Sequence] = []
-        for sequence in RETENTION[policy].order(self.sequences()):
-            if self.info()["disk_bytes"] <= target_bytes:
-                break
-            with self.catalog.begin(write=True) as txn:
-                if txn.find_sequence(sequence.key) is None:  # deleted or given a name since it was listed
-                    continue
-                txn.remove_sequence(sequence)
-                dead = txn.remove_unreferenced()
-            self._unlink(dead)
-            evicted.append(sequence)
-        return evicted
-
-    def _unlink(self, dead: list[SegmentInfo]) -> int:
-        """After the entries are gone: a reader that has the files open keeps its bytes."""
-        freed = 0
-        for info in dead:
-            freed += self.segment_disk_bytes(info)
-            for array in info.array_names():
-                files.remove_tree(self.path / "chunks" / array)
+            txn.forget_moves()
+            freed = before - txn.counters().segment_bytes
+        if sequence.name is not None:
+            manifests.remove(self.path, sequence.key)
+        self.space.dispose(dead)
         return freed
+
+    def evict(self, target_bytes: int = 0, *, named: bool = False) -> list[Sequence]:
+        """Let unnamed KV go, in the order of retention, until KV files occupy at most `target_bytes`.
+
+        named    named sequences may go too (never pinned ones)
+        returns  the sequences that lost KV, as they were; one that lost only its end goes on with the rest
+        raises   ReadOnly
+        """
+        self._writable()
+        with self.catalog.locked():
+            with self.catalog.begin() as txn:
+                wanted = txn.counters().segment_bytes - target_bytes
+            return self.space.evict(max(0, wanted), named=named).sequences
+
+    def set_size_cap(self, size_cap: int | str) -> None:
+        """Bound what the whole store may occupy, for every handle from now on; "unlimited" takes the bound away."""
+        self._writable()
+        cap = None if size_cap == UNLIMITED else parse_bytes("KVDB.open: size_cap", size_cap)
+        with self.write_transaction() as txn:
+            if txn.limits().size_cap != cap:
+                txn.set_limits(Limits(size_cap=cap))
+        self.space.enforce()
+
+    def gc(self) -> int:
+        """Remove now what only waits: expired sequences, the trash. Returns bytes freed."""
+        self._writable()
+        with self.catalog.locked():
+            before = self.space.used_bytes()
+            self.space.evict(0)
+            self.space.reap(now=True)
+            return max(0, before - self.space.used_bytes())
+
+    def compact(self, name_or_key: str | None = None) -> int:
+        """Merge the small segments that appended turns leave, of one sequence or of all; returns segments saved.
+
+        cost    what is merged is copied once; merging only segments of like size keeps that to O(log n) times per token
+        raises  SequenceNotFound, StorageFull, Damaged, ReadOnly
+        """
+        self._writable()
+        return compact.compact(self, name_or_key)
+
+    # -- one portable file
+
+    def export_sequence(self, name_or_key: str, target: str | os.PathLike[str]) -> int:
+        """Write a sequence, its KV included, to one new zip file that Zarr can open; returns its bytes.
+
+        raises  SequenceNotFound, Damaged; FileExistsError
+        """
+        return portable.export_sequence(self, name_or_key, Path(target))
+
+    def import_sequence(self, source: str | os.PathLike[str], *, name: str | None = None) -> str:
+        """Take in a file that `export_sequence` wrote; returns the sequence's key. Every byte is verified before.
+
+        name    instead of the one in the file
+        raises  Damaged for a file that is not whole; IdentityMismatch for another tenant's salt; StorageFull, ReadOnly
+        """
+        self._writable()
+        return portable.import_sequence(self, Path(source), name=name)
 
     # -- housekeeping
 
@@ -428,10 +612,24 @@ class KVDB:
         if self.readonly:
             raise ReadOnly(f"{self.path}: opened with mode 'r', expected a writable store; open it with 'r+' or 'a'")
 
-    def _own_workspace(self) -> Path:
+    @contextlib.contextmanager
+    def write_transaction(self) -> Iterator[Transaction]:
+        """A write transaction of this handle; a workspace exists, so that whoever opens the store after a crash looks.
+        For the engine's own modules."""
+        self.own_workspace()
+        with self.catalog.begin(write=True) as txn:
+            used, self._used = self._used, {}
+            for segment, hits in used.items():
+                txn.used([segment], hits=hits)
+            yield txn
+
+    def own_workspace(self) -> Path:
+        """This handle's folder in tmp/, made at its first write. For the engine's own modules."""
         self._writable()
         if self.catalog.closed:
             raise StoreError(f"{self.path}: the store is closed, expected an open one; open it again")
+        if self._pid != os.getpid():  # after a fork: the parent's is the parent's
+            self._pid, self._workspace, self._workspace_lock = os.getpid(), None, None
         while self._workspace is None:
             workspace = self.path / "tmp" / f"{os.getpid()}-{os.urandom(8).hex()}"
             with contextlib.suppress(FileNotFoundError, StoreLocked):  # swept before it was locked: another name
@@ -444,40 +642,69 @@ class KVDB:
         return self._workspace
 
 
-def _record(
-    txn: Transaction, last: SegmentInfo, tokens: int, *, name: str | None, model: str, replaces: str | None
-) -> str:
-    """Enter the sequence of the first `tokens` tokens on the path to `last`."""
-    _still_there(txn, last.parent)
-    path = txn.path(last.segment)
-    spans = spans_of(path, tokens)
-    used = {span.segment for span in spans}
-    approximate = [info.fidelity for info in path if info.segment in used and info.fidelity != EXACT]
-    now = files.now()
-    sequence = Sequence(
-        key=sequence_key(last.identity, spans, name),
-        name=name,
-        identity=last.identity,
-        tokens=tokens,
-        fidelity=approximate[-1] if approximate else EXACT,
-        spans=spans,
-        created=now,
-        last_used=now,
-        model=model,
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How a handle was opened; see `KVDB.open`."""
+
+    mode: Mode
+    salt: str = ""
+    read_mode: str = "mmap"
+    verify: str = "first"
+    durability: str = "commit"
+    min_free: int = 0
+    retention: str = "lru"
+    grace_s: float = 0.0
+    lock_timeout_s: float = 30.0
+    lock: bool = True
+
+    def __post_init__(self) -> None:
+        for option, allowed in (
+            ("mode", _MODES),
+            ("read_mode", sorted(READERS)),
+            ("verify", VERIFY),
+            ("durability", DURABILITY),
+            ("retention", sorted(RETENTION)),
+        ):
+            if getattr(self, option) not in allowed:
+                raise InvalidInput(f"KVDB.open: {option} is {getattr(self, option)!r}, expected one of {list(allowed)}")
+        for option in ("grace_s", "lock_timeout_s"):
+            if not getattr(self, option) >= 0:
+                raise InvalidInput(f"KVDB.open: {option} is {getattr(self, option)!r}, expected seconds, 0 or more")
+        if sys.platform not in ("linux", "darwin"):
+            raise Unsupported(
+                f"KVDB.open: platform {sys.platform!r}, expected Linux or macOS; stores need flock and fsync"
+            )
+        if sys.platform == "darwin" and self.read_mode != "pread":
+            raise Unsupported("KVDB.open: read_mode 'mmap' on macOS, expected 'pread' there")
+
+
+def _make_ready(root: Path, mode: Mode) -> None:
+    """Create or replace the store at `root` as the mode asks."""
+    exists = folder.holds_store(root)
+    if mode in ("r", "r+") and not exists:
+        raise StoreNotFound(f"{root}: no store there, expected one for mode {mode!r}; use mode 'a' to create it")
+    if mode == "w-" and exists:
+        raise StoreError(f"{root}: a store is there, expected none for mode 'w-'; use mode 'a' to open it")
+    if mode == "w" and exists:
+        folder.read_header(root)  # refuses to replace what is no store or a newer one
+        held = folder.hold(root, exclusive=True)  # no handle of any process may be left with removed files
+        try:
+            files.remove_tree(root)
+        finally:
+            files.close(held)
+        exists = False
+    if not exists:
+        folder.create(root)
+
+
+def _still_there(txn: Transaction, segment: str) -> None:
+    if txn.segment(segment) is None:
+        raise _deleted(segment)
+
+
+def _deleted(segment: str) -> PrefixDeleted:
+    return PrefixDeleted(
+        f"segment {segment}: deleted or evicted since the cache was made, expected it to stay; make the cache again"
     )
-    older = None if replaces in (None, sequence.key) else txn.find_sequence(replaces or "")
-    if older is not None and older.name is None:
-        txn.remove_sequence(older)
-    txn.put_sequence(sequence)
-    return sequence.key
-
-
-def _still_there(txn: Transaction, segment: str | None) -> None:
-    """raises  PrefixDeleted when somebody has deleted what a writer builds on"""
-    if segment is not None and txn.segment(segment) is None:
-        raise PrefixDeleted(
-            f"segment {segment}: deleted or evicted since the cache was made, expected it to stay; make the cache again"
-        )
 
 
 def check_name(name: str) -> str:

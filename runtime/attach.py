@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvdb.catalog import Found, Span
+from kvdb.entries import Found, Span
 from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import STORAGE_DTYPES, Geometry, LayerGroup
 from kvdb.identity import EXACT, Identity
@@ -201,7 +201,7 @@ class Attachment:
         cache.metrics.prompt_tokens = sequence.tokens
         cache.metrics.restore_seconds = time.perf_counter() - started
         if not self.db.readonly:
-            self.db.touch(identity, sequence.spans)
+            self.db.touch(sequence.spans)
         return cache
 
     def save(self, cache: KVDBCache, name: str | None = None) -> list[str]:
@@ -243,7 +243,7 @@ class Attachment:
                 raise
             if not self.db.readonly:
                 for prefix in prefixes:
-                    self.db.touch(identity, prefix.spans)
+                    self.db.touch(prefix.spans)
             return cache
 
     def _new(self, identity: Identity, batch: int) -> KVDBCache:

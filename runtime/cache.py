@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvdb.catalog import Span
+from kvdb.entries import Span
 from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import Geometry
 from kvdb.identity import Identity

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvdb.catalog import Span
+from kvdb.entries import Span
 from kvdb.errors import Damaged
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import EXACT, Identity
@@ -269,7 +269,7 @@ class History:
         ids = np.asarray(self.tokens, "<u4")
         try:
             segment, self._recorded = self.db.commit(
-                writer, ids[start : start + tokens], ids[:start], model=self.model_label, replaces=self._recorded
+                writer, ids[start : start + tokens], model=self.model_label, replaces=self._recorded
             )
         except BaseException:
             self.discard()

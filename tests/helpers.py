@@ -153,7 +153,7 @@ def extend(
             fidelity=fidelity,
             spare=spare,
         )
-        last, recorded = db.commit(writer, tokens[start:stop], tokens[:start], model="a test", replaces=recorded)
+        last, recorded = db.commit(writer, tokens[start:stop], model="a test", replaces=recorded)
         start, parent, written = stop, last.info.segment, True
     assert last is not None
     key = db.put_sequence(last, len(tokens), name=name, model="a test", replaces=recorded)

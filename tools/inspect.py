@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvdb.catalog import Sequence
+from kvdb.entries import Sequence
 from kvdb.errors import Damaged, StoreNotFound
 from kvdb.store import KVDB, Mode
 from kvdb.tools.output import PROBLEM, print_json, stderr_console, stdout_console, visible

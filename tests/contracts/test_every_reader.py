@@ -80,7 +80,7 @@ def test_rows_that_are_not_records_are_decoded(
         )
         keys, values = model_kv(geometry, ids, 0, 40)[0]
         writer.append(0, keys, values)
-        segment, reader = db.commit(writer, ids, ids[:0]).segment, kind()
+        segment, reader = db.commit(writer, ids).segment, kind()
         db.put_sequence(segment, 40)
         out = np.empty((2, 1, 16, 4), "<f2")
         reader.read(segment, 0, np.array([5]), out)

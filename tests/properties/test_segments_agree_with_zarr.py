@@ -90,7 +90,7 @@ def test_any_finite_bit_pattern_survives(
     with opened(tmp_path_factory.mktemp("bits") / "s") as db:
         writer = db.writer(identity=identity(), fidelity="exact", geometry=geometry, parent=None, start=0, capacity=2)
         writer.append(0, keys, values)
-        segment = db.commit(writer, token_list(20), token_list(0)).segment
+        segment = db.commit(writer, token_list(20)).segment
         db.put_sequence(segment, 20)
         found = library(segment.folder / f"{segment.info.segment}.kv0")[0]
         assert found[:, 0].tobytes() == keys.tobytes()

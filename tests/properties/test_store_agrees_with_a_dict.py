@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 )
 
 from kvdb import EXACT, KVDB, Sequence
-from kvdb.catalog import sequence_key
+from kvdb.entries import sequence_key
 from kvdb.errors import SequenceNotFound
 from kvdb.prefix import common_prefix
 
@@ -153,7 +153,7 @@ class StoreMachine(RuleBasedStateMachine):
         tokens = self.draw_tokens(data)
         writer = write_segment(self.db, tokens, ident=IDENTITIES[ident])
         if published:
-            self.learn_segments(ident, tokens, self.db.commit(writer, tokens, tokens[:0]).sequence)
+            self.learn_segments(ident, tokens, self.db.commit(writer, tokens).sequence)
         assert self.db._workspace_lock is not None
         os.close(self.db._workspace_lock)  # what death does to a lock
         self.db._workspace = self.db._workspace_lock = None

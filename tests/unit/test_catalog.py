@@ -10,7 +10,8 @@ import pytest
 from helpers import extend, finish, identity, opened, python, token_list, write_segment
 
 from kvdb import KVDB
-from kvdb.catalog import Catalog, spans_of
+from kvdb.catalog import Catalog
+from kvdb.entries import spans_of
 from kvdb.errors import Damaged, PrefixDeleted, SequenceNotFound, StoreError
 
 
@@ -188,7 +189,7 @@ def test_a_segment_whose_parent_is_gone_is_not_published(tmp_path: Path) -> None
         writer = write_segment(db, tokens, start=32, parent=first.last.info.segment)
         db.delete(first.key)
         with pytest.raises(PrefixDeleted, match="deleted or evicted"):
-            db.commit(writer, tokens[32:], tokens[:32])
+            db.commit(writer, tokens[32:])
         assert db.match(identity(), tokens).tokens == 0
     with opened(tmp_path / "s") as db:
         assert db.info()["segments"] == 0

@@ -56,7 +56,7 @@ def test_the_way_tokens_are_cut_into_appends_does_not_show(
                 stop = at + geometry.chunk_tokens * data.draw(st.integers(1, 3))
                 writer.append(layer, keys[:, at:stop], values[:, at:stop])
                 at = stop
-        segment, reader = db.commit(writer, token_list(tokens), token_list(0)).segment, db.reader()
+        segment, reader = db.commit(writer, token_list(tokens)).segment, db.reader()
         for layer, (keys, values) in kv.items():
             found = read_kv(reader, segment, layer, tokens)
             assert np.array_equal(found[0], keys)
@@ -110,7 +110,7 @@ def test_a_lagging_layer_is_not_sealed(tmp_path: Path) -> None:
         writer = writer_of(db)
         writer.append(0, zeros(SMALL, 16), zeros(SMALL, 16))
         with pytest.raises(InvalidInput, match=r"layers hold \[0, 16\] tokens, expected 16"):
-            db.commit(writer, token_list(16), token_list(0))
+            db.commit(writer, token_list(16))
         assert db.match(identity(), token_list(16)).tokens == 0
 
 

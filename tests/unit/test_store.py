@@ -300,8 +300,8 @@ def test_the_same_tokens_stored_twice_are_adopted(path: Path) -> None:
     tokens = token_list(40)
     with opened(path) as db:
         first, second = write_segment(db, tokens), write_segment(db, tokens)
-        one = db.commit(first, tokens, tokens[:0]).segment
-        two = db.commit(second, tokens, tokens[:0]).segment
+        one = db.commit(first, tokens).segment
+        two = db.commit(second, tokens).segment
         assert one == two
         assert kv_folders(path) == {one.info.segment}
 
@@ -389,7 +389,7 @@ db = KVDB.open(sys.argv[1])
 writer = write_segment(db, token_list(40))
 print("ready", flush=True)
 sys.stdin.readline()
-db.put_sequence(db.commit(writer, token_list(40), token_list(0)).segment, 40)
+db.put_sequence(db.commit(writer, token_list(40)).segment, 40)
 print("done", flush=True)
 """
 

@@ -1,0 +1,365 @@
+"""repair(): bring a store back to where `check` finds nothing, without deleting anything.
+
+Damaged segments, and what continues them, leave the catalog and their arrays move to quarantine/; a named sequence that ran
+through one loses its name (its undamaged beginning stays, unnamed, and is found by prompt). A catalog that is damaged
+itself is rebuilt from the segments, which describe themselves, the manifests of named sequences, and whatever of it can
+still be read. A dry run unless told otherwise; repairing twice changes nothing more.
+
+`upgrade` is a rebuild of a store of an earlier format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from kvdb import files, folder, format, manifests
+from kvdb.catalog import Catalog
+from kvdb.check import check_files, check_store
+from kvdb.entries import Limits, SegmentEntry, Sequence, sequence_key
+from kvdb.errors import Damaged, KVDBError, Problem, StoreError
+from kvdb.format import FORMAT_VERSION, KVAttributes, SegmentInfo
+from kvdb.identity import EXACT, Identity
+from kvdb.prefix import Tokens
+from kvdb.segments import layout
+
+FILE_KINDS: Final = ("metadata", "missing-file", "size", "index", "digests", "token-ids", "record", "abstract", "seal")
+"""Problems of a segment's files: the catalog is fine."""
+_LITTER: Final = ("orphan", "leftover", "manifest")
+
+
+class Repair(msgspec.Struct, kw_only=True):
+    """What was found, and what was done or would be.
+
+    actions    sentences, in order
+    remaining  what `check` still finds afterwards; None after a dry run
+    """
+
+    applied: bool
+    problems: list[Problem]
+    actions: list[str]
+    remaining: list[Problem] | None = None
+
+
+def repair(path: Path, *, apply: bool = False, rebuild: bool = False) -> Repair:
+    """Check a store, and mend what can be mended.
+
+    apply    do it; otherwise only say what would be done
+    rebuild  make the catalog anew from the segments whatever state it is in
+    raises   NotAStore, NewerFormat; StoreLocked when a rebuild is needed and the store is open elsewhere
+    """
+    header = folder.read_header(path)
+    if header.format < FORMAT_VERSION:
+        raise StoreError(
+            f"{path}: store of format {header.format}, expected {FORMAT_VERSION}; open it once, which upgrades it"
+        )
+    folder.make_parts(path)
+    problems = _problems(path, writing=apply)
+    report = Repair(applied=apply, problems=problems, actions=[])
+    if rebuild or any(p.kind not in FILE_KINDS + _LITTER for p in problems):
+        _rebuild(path, report)
+    else:
+        bad = {p.segment for p in problems if p.kind in FILE_KINDS and p.segment is not None}
+        if bad or problems:
+            _mend(path, bad, report)
+    if apply:
+        report.remaining = _problems(path, writing=True)
+    return report
+
+
+def _problems(path: Path, *, writing: bool) -> list[Problem]:
+    held = folder.hold(path, exclusive=False)
+    try:
+        catalog = Catalog(path / "catalog", readonly=not writing)
+        return list(check_store(path, catalog))
+    except KVDBError as e:
+        return [Problem("catalog", "catalog", str(e))]
+    finally:
+        files.close(held)
+
+
+# -- damaged segments under a catalog that is fine
+
+
+def _mend(path: Path, bad: set[str], report: Repair) -> None:
+    held = folder.hold(path, exclusive=False)
+    try:
+        catalog = Catalog(path / "catalog", readonly=not report.applied)
+        if bad:
+            report.actions += drop_segments(path, catalog, bad, apply=report.applied)
+        for problem in report.problems:
+            if problem.kind in _LITTER:
+                report.actions.append(f"tidy {problem.loc}")
+        if report.applied:
+            with catalog.locked():
+                _tidy(path, catalog)
+    finally:
+        files.close(held)
+
+
+def _tidy(path: Path, catalog: Catalog) -> None:
+    """Quarantine arrays without an entry, write manifests anew, sweep."""
+    with catalog.begin() as txn:
+        known, named = set(txn.segments()), [s for s in txn.sequences() if s.name is not None]
+    for array in files.list_dir(path / "chunks"):
+        if array != format.METADATA_KEY and array.partition(".")[0] not in known:
+            quarantine(path, path / "chunks" / array)
+    _write_manifests(path, named)
+    folder.sweep(path, catalog)
+
+
+def _write_manifests(path: Path, named: list[Sequence]) -> None:
+    there = {s.key: s for s in manifests.read(path)}
+    for key in set(manifests.keys(path)) - {s.key for s in named}:
+        quarantine(path, path / manifests.NAMES / f"{key}.json")
+    for sequence in named:
+        if sequence.key not in there or there[sequence.key].spans != sequence.spans:
+            manifests.write(path, path / "tmp", sequence)
+
+
+def drop_segments(path: Path, catalog: Catalog, bad: set[str], *, apply: bool) -> list[str]:
+    """Take segments and all that continues them out of the catalog, and their arrays to quarantine. Says what it does."""
+    actions = []
+    with catalog.begin(write=apply) as txn:
+        segments, sequences = txn.segments(), txn.sequences()
+        gone = _with_descendants(segments, bad)
+        touched = [s for s in sequences if any(span.segment in gone for span in s.spans)]
+        for sequence in touched:
+            left = tuple(span for span in sequence.spans if span.segment not in gone)
+            kept = sum(span.stop - span.start for span in left)
+            actions.append(
+                f"forget {'name ' + repr(sequence.name) if sequence.name is not None else 'sequence ' + sequence.key}: "
+                f"{kept} of its {sequence.tokens} tokens stay, to be found by prompt"
+            )
+            if apply:
+                txn.remove_sequence(sequence)
+                if left:
+                    unnamed = msgspec.structs.replace(sequence, name=None, pinned=False, expires=None)
+                    txn.rewrite_spans(unnamed, left)
+        for info in gone.values():
+            actions.append(f"quarantine segment {info.segment}: positions {info.start}..{info.stop}")
+            if apply:
+                txn.remove_segment(info)
+    if apply:
+        for sequence in touched:
+            if sequence.name is not None:
+                quarantine(path, path / manifests.NAMES / f"{sequence.key}.json")
+        for info in gone.values():
+            for array in info.array_names():
+                quarantine(path, path / "chunks" / array)
+    return actions
+
+
+def _with_descendants(segments: dict[str, SegmentEntry], bad: Iterable[str]) -> dict[str, SegmentInfo]:
+    """Segments of `bad` and what continues them, children before parents."""
+    gone = {segment for segment in bad if segment in segments}
+    for entry in sorted(segments.values(), key=lambda e: e.info.start):
+        if entry.info.parent in gone:
+            gone.add(entry.info.segment)
+    infos = sorted((segments[segment].info for segment in gone), key=lambda info: -info.start)
+    return {info.segment: info for info in infos}
+
+
+def quarantine(path: Path, what: Path) -> None:
+    """Move a file or folder aside; what is not there needs no moving."""
+    with contextlib.suppress(FileNotFoundError):
+        target = path / "quarantine" / what.name
+        if target.exists():
+            target = target.with_name(f"{what.name}.{os.urandom(4).hex()}")
+        files.rename(what, target)
+
+
+def drop_lost(path: Path, catalog: Catalog) -> None:
+    """After a power failure: of what was committed relaxed before this boot, keep what reached the disk."""
+    boot = files.moment().boot
+    with catalog.locked():
+        with catalog.begin() as txn:
+            earlier = [segment for segment, written in txn.unsynced().items() if written != boot]
+            views = [(entry, txn.identity(entry.info.identity)) for s in earlier if (entry := txn.entry(s)) is not None]
+        lost = {e.info.segment for e, identity in views if any(check_files(path / "chunks", e, identity, None))}
+        if lost:
+            drop_segments(path, catalog, lost, apply=True)
+        with catalog.begin(write=True) as txn:
+            for segment in set(earlier) - lost:
+                txn.mark_synced(segment)
+
+
+# -- a catalog made anew
+
+
+class _Found(msgspec.Struct, frozen=True):
+    """A whole segment, as its files describe it."""
+
+    entry: SegmentEntry
+    identity: Identity
+
+
+def _rebuild(path: Path, report: Repair) -> None:
+    chunks = path / "chunks"
+    found, broken = _scan(chunks)
+    sequences, limits = _salvage(path)
+    whole = _connected(found)
+    for segment in sorted(broken | (set(found) - set(whole))):
+        report.actions.append(
+            f"quarantine segment {segment}: {'damaged' if segment in broken else 'its parent is gone'}"
+        )
+    report.actions.append(
+        f"rebuild the catalog from {len(whole)} segments and {len(sequences)} known sequences; statistics are lost, and pins and "
+        "expiry of sequences that only manifests know"
+    )
+    if not report.applied:
+        return
+    held = folder.hold(path, exclusive=True)
+    workspace = path / "tmp" / f"rebuild-{os.urandom(8).hex()}"
+    try:
+        files.mkdir(workspace)
+        named = _fill(workspace / "catalog", chunks, whole, sequences, limits)
+        for segment in set(found) | broken:
+            if segment not in whole:
+                for array in files.list_dir(chunks):
+                    if array.partition(".")[0] == segment:
+                        quarantine(path, chunks / array)
+        quarantine(path, path / "catalog")
+        files.rename(workspace / "catalog", path / "catalog")
+        files.fsync_dir(path)
+        _write_manifests(path, named)
+        if not (chunks / format.METADATA_KEY).exists():
+            files.write_new(chunks / format.METADATA_KEY, format.group_metadata())
+    finally:
+        files.remove_tree(workspace)
+        files.close(held)
+
+
+def _scan(chunks: Path) -> tuple[dict[str, _Found], set[str]]:
+    """Segments in chunks/ that are whole, and ids of those that are not."""
+    found, broken = dict[str, _Found](), set[str]()
+    for segment in sorted(
+        {array.partition(".")[0] for array in files.list_dir(chunks) if array != format.METADATA_KEY}
+    ):
+        try:
+            found[segment] = _describe(chunks, segment)
+        except (KVDBError, OSError):
+            broken.add(segment)
+    return found, broken
+
+
+def _describe(chunks: Path, segment: str) -> _Found:
+    """A segment from its own files.
+
+    raises  Damaged when anything about them is wrong
+    """
+    first = _attributes(chunks, segment, 0)
+    info, seals = first.info, dict[str, str]()
+    for group in range(len(info.geometry.groups)):
+        array = format.kv_array(segment, group)
+        seals[array] = _attributes(chunks, segment, group).sections["digests"][2]
+        for name in info.abstracts:
+            abstract = format.abstract_array(segment, name, group)
+            digests = format.abstract_digests(files.read_file(chunks / abstract / format.METADATA_KEY), abstract)
+            seals[abstract] = format.abstract_seal(digests)
+    disk_bytes = sum(files.tree_bytes(chunks / array) for array in info.array_names())
+    entry = SegmentEntry(info=info, seals=seals, disk_bytes=disk_bytes)
+    problems = list(check_files(chunks, entry, first.identity, None))
+    if problems or info.segment != segment or first.identity.digest().hex() != info.identity:
+        raise Damaged(
+            f"segment {segment}: {problems[0] if problems else 'its metadata names another'}, expected it whole"
+        )
+    return _Found(entry, first.identity)
+
+
+def _attributes(chunks: Path, segment: str, group: int) -> KVAttributes:
+    array = format.kv_array(segment, group)
+    return format.parse_kv_metadata(files.read_file(chunks / array / format.METADATA_KEY), f"array {array}")
+
+
+def _connected(found: dict[str, _Found]) -> dict[str, _Found]:
+    """The segments whose ancestors are all there and of their kind, parents before children."""
+    whole: dict[str, _Found] = {}
+    for segment, each in sorted(found.items(), key=lambda item: item[1].entry.info.start):
+        info = each.entry.info
+        parent = whole[info.parent].entry.info if info.parent in whole else None
+        fits = parent is not None and parent.identity == info.identity and parent.start < info.start <= parent.stop
+        if info.parent is None or (
+            fits and parent is not None and (parent.fidelity == EXACT or info.fidelity != EXACT)
+        ):
+            whole[segment] = each
+    return whole
+
+
+def _salvage(path: Path) -> tuple[list[Sequence], Limits]:
+    """Sequences that the old catalog and the manifests know, and the old limits, as far as they can be read."""
+    known = manifests.read(path) if (path / manifests.NAMES).exists() else []
+    limits = Limits()
+    with contextlib.suppress(KVDBError):
+        catalog = Catalog(path / "catalog", readonly=False)
+        with catalog.begin() as txn:
+            readable = txn.readable_sequences()
+            known = readable + [s for s in known if s.key not in {r.key for r in readable}]
+            limits = txn.limits()
+    return known, limits
+
+
+def _fill(
+    target: Path, chunks: Path, whole: dict[str, _Found], sequences: list[Sequence], limits: Limits
+) -> list[Sequence]:
+    """Make a catalog; returns its named sequences."""
+    files.mkdir(target)
+    catalog = Catalog(target, readonly=False, create=True)
+    for each in whole.values():
+        with catalog.begin(write=True) as txn:
+            txn.add_segment(each.entry, each.identity, stored_tokens(chunks, each.entry.info))
+    with catalog.begin(write=True) as txn:
+        txn.set_limits(limits)
+        for sequence in sequences:
+            if _fits(sequence, whole):
+                txn.put_sequence(sequence)
+        ends = {s.spans[-1].segment for s in txn.sequences()}
+        children = Counter(each.entry.info.parent for each in whole.values())
+        for segment, each in whole.items():
+            if not children[segment] and segment not in ends:
+                txn.record(each.entry.info, each.entry.info.stop)
+        named = [s for s in txn.sequences() if s.name is not None]
+    catalog.ballast()
+    return named
+
+
+def _fits(sequence: Sequence, whole: dict[str, _Found]) -> bool:
+    """Whether a sequence's spans lie end to end in segments that are there."""
+    position = 0
+    for span in sequence.spans:
+        info = whole[span.segment].entry.info if span.segment in whole else None
+        if info is None or info.identity != sequence.identity or info.start + span.start != position:
+            return False
+        if not 0 == span.start < span.stop <= info.tokens:
+            return False
+        position += span.stop
+    key = sequence_key(sequence.identity, sequence.spans, sequence.name)
+    return position == sequence.tokens > 0 and key == sequence.key
+
+
+def stored_tokens(chunks: Path, info: SegmentInfo) -> Tokens:
+    """Token ids from a segment's own file."""
+    path = chunks / format.kv_array(info.segment, 0) / format.SHARD_KEY
+    fd = files.open_read(path)
+    try:
+        return np.frombuffer(files.pread(fd, 4 * info.tokens, layout(info, 0).tokens_offset), "<u4")
+    finally:
+        files.close(fd)
+
+
+def upgrade(path: Path) -> None:
+    """Bring a store of an earlier format to the current one: segments stay as they are, the catalog is made anew.
+
+    raises  StoreLocked when it is open elsewhere
+    """
+    folder.make_parts(path)
+    _rebuild(path, Repair(applied=True, problems=[], actions=[]))
+    header = folder.read_header(path)
+    folder.replace_header(path, msgspec.structs.replace(header, format=FORMAT_VERSION))

@@ -1,0 +1,28 @@
+"""Sizes as people write them: "50GB", "1 GiB", 4096."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from kvdb.errors import InvalidInput
+
+_UNITS: Final = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGTP", start=1)
+}
+_BY_CASE: Final = {unit.lower(): factor for unit, factor in _UNITS.items()}
+
+
+def parse_bytes(where: str, size: int | str) -> int:
+    """Bytes of "50GB" (decimal), "1GiB" (binary), or a plain number.
+
+    raises  InvalidInput for anything else, negative numbers included
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
+    if found is None or found[2].lower() not in _BY_CASE:
+        raise InvalidInput(f'{where} is {size!r}, expected bytes such as "50GB", "1GiB" or 4096')
+    return int(float(found[1]) * _BY_CASE[found[2].lower()])

@@ -1,0 +1,209 @@
+"""Room: how much a store takes, and what goes when it must shrink.
+
+Everything in the folder counts: segments, files in flight (as if they were full already), what was deleted and waits,
+quarantine, manifests, catalog. Retention takes the leaves of the prefix tree, so a shared parent goes only after its
+children; named and pinned sequences keep all their segments. Deletion is: entries first, then the arrays move to trash/,
+where a reader that was on its way still finds them, and vanish after a grace period, or at once when room is needed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from kvdb import files, manifests
+from kvdb.catalog import Catalog
+from kvdb.entries import SegmentEntry, Sequence
+from kvdb.errors import StorageFull
+from kvdb.format import SegmentInfo
+from kvdb.reader import TRASH
+from kvdb.retention import Leaf, Retention
+from kvdb.transaction import Transaction
+
+_MARGIN: Final = 256 << 10
+"""What a transaction may add to the catalog's file."""
+_SLACK: Final = 0.05
+"""Share of the cap that is freed beyond need, so that not every commit has to look for something to evict."""
+
+
+class Evicted(NamedTuple):
+    """segments: gone; sequences: as they were before they lost KV."""
+
+    segments: list[SegmentInfo]
+    sequences: list[Sequence]
+
+
+class Space:
+    """floor: bytes of the file system to leave free; grace_s: how long deleted arrays stay readable."""
+
+    def __init__(self, root: Path, catalog: Catalog, *, floor: int, grace_s: float, retention: Retention) -> None:
+        self.root, self.catalog, self.floor, self.grace_s, self.retention = root, catalog, floor, grace_s, retention
+
+    # -- measuring
+
+    def used_bytes(self) -> int:
+        """Everything the store occupies, as of now."""
+        with self.catalog.begin() as txn:
+            segments = txn.counters().segment_bytes
+        parts = (TRASH, "quarantine", manifests.NAMES, "catalog")
+        in_flight = files.tree_bytes(self.root / "tmp", reserved=True)
+        return segments + in_flight + sum(files.tree_bytes(self.root / part) for part in parts)
+
+    def _short_of(self, need: int) -> int:
+        """Bytes that must go before `need` more fit; at most 0 when they fit."""
+        with self.catalog.begin() as txn:
+            cap = txn.limits().size_cap
+        short = [0]
+        if cap is not None:
+            short.append(self.used_bytes() + need - cap)
+        if self.floor or need:
+            tmp = self.root / "tmp"
+            promised = files.tree_bytes(tmp, reserved=True) - files.tree_bytes(tmp)
+            short.append(self.floor + promised + need - files.free_bytes(self.root))
+        return max(short)
+
+    # -- making room
+
+    def make_room(self, need: int, *, keep: str | None = None) -> None:
+        """Evict until `need` more bytes fit under the cap and above the floor. The caller holds the write lock.
+
+        keep    segment whose path must stay
+        raises  StorageFull when what may go is not enough
+        """
+        need += _MARGIN
+        if self._short_of(need) <= 0:
+            return
+        self.reap(now=True)
+        for _ in range(3):  # what a deletion frees is measured, not assumed
+            short = self._short_of(need)
+            if short <= 0:
+                return
+            with self.catalog.begin() as txn:
+                cap = txn.limits().size_cap or 0
+            evicted = self.evict(short + int(_SLACK * cap), keep=keep)
+            self.reap(now=True)
+            if not evicted.segments:
+                break
+        if (short := self._short_of(need)) > 0:
+            with self.catalog.begin() as txn:
+                cap_text = f"size_cap {txn.limits().size_cap}"
+            raise StorageFull(
+                f"{self.root}: {self.used_bytes()} bytes used, {files.free_bytes(self.root)} free on the disk, {need} wanted, "
+                f"expected room under {cap_text} and above {self.floor} free bytes; {short} bytes short, and only named, "
+                "pinned or used KV is left: delete sequences or raise the cap"
+            )
+
+    def enforce(self, *, keep: str | None = None) -> None:
+        """Evict what is over the cap, as far as it may go."""
+        if self._short_of(0) > 0:
+            self.reap(now=True)
+            if (short := self._short_of(0)) > 0:
+                self.evict(short, keep=keep)
+                self.reap(now=True)
+
+    def evict(self, wanted: int, *, named: bool = False, keep: str | None = None) -> Evicted:
+        """Take leaves until `wanted` bytes are free, expired sequences first. A sequence that loses its end is cut.
+
+        named  take named sequences too, whole (never pinned ones)
+        """
+        with self.catalog.freeing(), self.catalog.begin(write=True) as txn:
+            gone, sequences = expire(txn)
+            freed = sum(entry.disk_bytes for entry in gone)
+            if freed < wanted:
+                more, cut = self._take_leaves(txn, wanted - freed, named=named, keep=keep)
+                gone, sequences = gone + more, sequences + cut
+            txn.count(segments_evicted=len(gone))
+        self.dispose(entry.info for entry in gone)
+        for sequence in sequences:
+            if sequence.name is not None:
+                manifests.remove(self.root, sequence.key)
+        return Evicted([entry.info for entry in gone], sequences)
+
+    def _take_leaves(
+        self, txn: Transaction, wanted: int, *, named: bool, keep: str | None
+    ) -> tuple[list[SegmentEntry], list[Sequence]]:
+        sequences, segments = txn.sequences(), txn.segments()
+        stays = [s for s in sequences if s.pinned or (s.name is not None and not named)]
+        kept = {span.segment for s in stays for span in s.spans}
+        kept |= {info.segment for info in txn.path(keep)} if keep in segments else set()
+        children = Counter(entry.info.parent for entry in segments.values())
+        leaves = [
+            (self.retention.rank(_leaf(txn, entry)), segment)
+            for segment, entry in segments.items()
+            if not children[segment] and segment not in kept
+        ]
+        heapq.heapify(leaves)
+        gone: dict[str, SegmentEntry] = {}
+        freed = 0
+        while leaves and freed < wanted:
+            _, segment = heapq.heappop(leaves)
+            gone[segment] = entry = segments[segment]
+            freed += entry.disk_bytes
+            txn.remove_segment(entry.info)
+            parent = entry.info.parent
+            if parent is not None:
+                children[parent] -= 1
+                if not children[parent] and parent not in kept:
+                    heapq.heappush(leaves, (self.retention.rank(_leaf(txn, segments[parent])), parent))
+        cut = [s for s in sequences if any(span.segment in gone for span in s.spans)]
+        for sequence in cut:
+            left = tuple(span for span in sequence.spans if span.segment not in gone)
+            if sequence.name is not None or not left or left[-1].segment in kept:
+                txn.remove_sequence(sequence)
+            else:
+                txn.rewrite_spans(sequence, left)
+        rest = [info.segment for info in txn.remove_unreferenced()] if named else []
+        txn.forget_moves()
+        return [*gone.values(), *(segments[segment] for segment in rest)], cut
+
+    # -- getting rid of files
+
+    def dispose(self, infos: Iterable[SegmentInfo]) -> None:
+        """After their entries are gone: put arrays in the trash."""
+        for info in infos:
+            for array in info.array_names():
+                self.dispose_array(array)
+        self.reap()
+
+    def dispose_array(self, array: str) -> None:
+        target = self.root / TRASH / array
+        try:
+            files.rename(self.root / "chunks" / array, target)
+            files.mark_now(target)
+        except FileNotFoundError:  # it never had files, or another process was faster
+            pass
+
+    def reap(self, *, now: bool = False) -> None:
+        """Remove what has been in the trash for the grace period, or all of it. A clock that went back ends the wait."""
+        for array in files.list_dir(self.root / TRASH):
+            path = self.root / TRASH / array
+            try:
+                waited = files.now() - files.modified(path)
+            except FileNotFoundError:
+                continue
+            if now or not 0 <= waited < self.grace_s:
+                files.remove_tree(path)
+
+
+def expire(txn: Transaction) -> tuple[list[SegmentEntry], list[Sequence]]:
+    """Remove sequences whose time has come, and the segments only they used."""
+    now = txn.now()
+    if (due := txn.next_expiry()) is None or due > now:
+        return [], []
+    mortal = [s for s in txn.sequences() if s.expires is not None]
+    expired = [s for s in mortal if s.expires is not None and s.expires <= now and not s.pinned]
+    for sequence in expired:
+        txn.remove_sequence(sequence)
+    txn.expect_expiry([s.expires for s in mortal if s.expires is not None and s not in expired and not s.pinned])
+    if not expired:
+        return [], []
+    segments = txn.segments()
+    return [segments[info.segment] for info in txn.remove_unreferenced()], expired
+
+
+def _leaf(txn: Transaction, entry: SegmentEntry) -> Leaf:
+    info, use = entry.info, txn.use(entry.info.segment)
+    return Leaf(info.segment, use.last_used, use.hits, info.start, info.tokens, entry.disk_bytes)

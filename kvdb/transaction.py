@@ -1,0 +1,532 @@
+"""Reads and writes of the catalog inside one LMDB transaction: typed entries, the prefix tree, sequences.
+
+Rules: values are copied out, never handed out as views; a read verifies the frame of every entry it touches; a write
+keeps the totals of its table; a listing that does not agree with the totals is Damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import lmdb
+import msgspec
+import numpy as np
+
+from kvdb import clock, entries, files, prefix
+from kvdb.entries import Counters, Found, Limits, SegmentEntry, Sequence, Span, Totals, Use
+from kvdb.environment import TABLES, Environment
+from kvdb.errors import Damaged, InvalidInput, SequenceNotFound
+from kvdb.format import SegmentInfo
+from kvdb.identity import EXACT, Identity
+from kvdb.prefix import Tokens
+
+_T = TypeVar("_T")
+_COUNTED = tuple(table for table in TABLES if table != "meta")
+
+
+class Transaction:
+    def __init__(self, env: Environment, txn: lmdb.Transaction, *, writing: bool = False) -> None:
+        self._env, self._txn, self._writing = env, txn, writing
+        self._totals: dict[str, Totals] = {}
+        self._counters: Counters | None = None
+
+    # -- entries
+
+    def _get(self, table: str, key: bytes, kind: type[_T]) -> _T | None:
+        entry = self._txn.get(key, db=self._env.db[table])
+        return None if entry is None else entries.decode(table, key, entries.unframed(table, key, entry), kind)
+
+    def _put(self, table: str, key: bytes, value: object) -> None:
+        self._replace(table, key, entries.framed(key, msgspec.msgpack.encode(value)))
+
+    def _delete(self, table: str, key: bytes) -> None:
+        self._replace(table, key, None)
+
+    def _replace(self, table: str, key: bytes, entry: bytes | None) -> None:
+        db = self._env.db[table]
+        old = self._txn.get(key, db=db)
+        if table != "meta":
+            totals = self.totals(table)
+            if old is not None:
+                totals = totals.removing(bytes(old[:8]))
+            self._totals[table] = totals if entry is None else totals.adding(entry)
+        if entry is not None:
+            self._txn.put(key, entry, db=db)
+        elif old is not None:
+            self._txn.delete(key, db=db)
+
+    def _list(self, table: str, kind: type[_T]) -> Iterator[tuple[bytes, _T]]:
+        """Every entry of a table, and then the table's totals compared.
+
+        raises  Damaged
+        """
+        seen = Totals()
+        for key, data in self._frames(table):
+            seen = seen.adding(_frame(table, data))
+            yield key, entries.decode(table, key, entries.unframed(table, key, data), kind)
+        self._compare(table, seen)
+
+    def _frames(self, table: str) -> Iterator[tuple[bytes, bytes]]:
+        """Entries as they are. More than there should be is Damaged: pages may form a circle."""
+        db = self._env.db[table]
+        expected = self._txn.stat(db)["entries"]
+        with self._txn.cursor(db=db) as cursor:
+            for number, (key, data) in enumerate(cursor.iternext(keys=True, values=True)):
+                if number > expected:
+                    raise Damaged(
+                        f"catalog table {table}: more than {expected} entries, expected {expected}; run 'kvdb repair'"
+                    )
+                yield bytes(key), bytes(data[: entries.ENTRY_BYTES])
+
+    def _compare(self, table: str, seen: Totals) -> None:
+        expected = self.totals(table)
+        if seen != expected:
+            raise Damaged(
+                f"catalog table {table}: {seen.count} entries, root {seen.root:#018x}, expected {expected.count}, "
+                f"{expected.root:#018x}; run 'kvdb repair'"
+            )
+
+    def table_problems(self) -> Iterator[tuple[str, str]]:
+        """(table, what is wrong) for every entry that does not verify and every table that misses its totals."""
+        for table in _COUNTED:
+            seen = Totals()
+            try:
+                for key, data in self._frames(table):
+                    seen = seen.adding(_frame(table, data))
+                    try:
+                        if table == "tree":
+                            self._check_listing(key, data)
+                        else:
+                            entries.unframed(table, key, data)
+                    except Damaged as e:
+                        yield table, str(e)
+                self._compare(table, seen)
+            except Damaged as e:
+                yield table, str(e)
+
+    # -- the store as a whole
+
+    def totals(self, table: str) -> Totals:
+        if table not in self._totals:
+            self._totals[table] = self._get("meta", b"totals:" + table.encode(), Totals) or Totals()
+        return self._totals[table]
+
+    def counters(self) -> Counters:
+        if self._counters is None:
+            self._counters = self._get("meta", b"counters", Counters) or Counters()
+        return self._counters
+
+    def count(self, **more: int) -> None:
+        """Add to counters."""
+        old = self.counters()
+        self._counters = msgspec.structs.replace(old, **{name: getattr(old, name) + n for name, n in more.items()})
+
+    def limits(self) -> Limits:
+        return self._get("meta", b"limits", Limits) or Limits()
+
+    def set_limits(self, limits: Limits) -> None:
+        self._put("meta", b"limits", limits)
+
+    def now(self) -> float:
+        """Store time; in a write transaction each call is later than the one before and is remembered."""
+        reading = clock.read(self._get("meta", b"clock", clock.Reading), files.moment())
+        if self._writing:
+            self._put("meta", b"clock", reading)
+        return reading.time
+
+    def finish_writing(self) -> None:
+        """Before the commit: what was counted becomes entries."""
+        for table, totals in self._totals.items():
+            self._put("meta", b"totals:" + table.encode(), totals)
+        if self._counters is not None:
+            self._put("meta", b"counters", self._counters)
+
+    def keys_of(self, table: str) -> list[str]:
+        return [key.hex() for key, _ in self._frames(table)]
+
+    # -- identities
+
+    def identity(self, digest: str) -> Identity | None:
+        return self._get("identities", bytes.fromhex(digest), Identity)
+
+    def identities(self) -> dict[str, Identity]:
+        """Every readable identity by its digest; damaged ones are left to `check`."""
+        found: dict[str, Identity] = {}
+        for key, _ in self._frames("identities"):
+            with contextlib.suppress(Damaged):
+                if (identity := self.identity(key.hex())) is not None:
+                    found[key.hex()] = identity
+        return found
+
+    def add_identity(self, identity: Identity) -> None:
+        if self.identity(identity.digest().hex()) is None:
+            self._put("identities", identity.digest(), identity)
+
+    # -- segments
+
+    def entry(self, segment: str) -> SegmentEntry | None:
+        return self._get("segments", bytes.fromhex(segment), SegmentEntry)
+
+    def segment(self, segment: str) -> SegmentInfo | None:
+        entry = self.entry(segment)
+        return None if entry is None else entry.info
+
+    def segment_ids(self) -> list[str]:
+        return [key.hex() for key, _ in self._frames("segments")]
+
+    def segments(self) -> dict[str, SegmentEntry]:
+        """Every segment by its id. Raises Damaged when one does not verify or is missing."""
+        return {key.hex(): entry for key, entry in self._list("segments", SegmentEntry)}
+
+    def tokens(self, segment: str) -> Tokens:
+        """Token ids of a segment, (tokens,) uint32."""
+        data = self._get("tokens", bytes.fromhex(segment), bytes)
+        if data is None:
+            raise Damaged(f"segment {segment}: no token ids in the catalog, expected them; run 'kvdb repair'")
+        return np.frombuffer(data, "<u4")
+
+    def add_segment(self, entry: SegmentEntry, identity: Identity, token_ids: Tokens) -> None:
+        """Make a published segment visible, and reachable by prefix. Its parent must be in the catalog.
+
+        raises  InvalidInput for an exact segment after one that is not: what follows an approximation is one
+        """
+        info = entry.info
+        key = bytes.fromhex(info.segment)
+        if info.parent is not None and info.fidelity == EXACT and self.path(info.parent)[-1].fidelity != EXACT:
+            raise InvalidInput(f"segment {info.segment}: fidelity {EXACT!r} after another one, expected that one's")
+        self.add_identity(identity)
+        self._put("segments", key, entry)
+        self._put("tokens", key, np.ascontiguousarray(token_ids, "<u4").tobytes())
+        self._put("uses", key, Use(last_used=self.now(), hits=0))
+        self.list_in_tree(info)
+        self.count(segment_bytes=entry.disk_bytes, arrays=len(info.array_names()))
+
+    def remove_segment(self, info: SegmentInfo) -> None:
+        """Children must be gone already.
+
+        raises  Damaged when it is not there
+        """
+        entry = self.span_entries([Span(segment=info.segment, start=0, stop=0)])[0]
+        self.unlist(info)
+        key = bytes.fromhex(info.segment)
+        for table in ("segments", "tokens", "uses", "unsynced"):
+            self._delete(table, key)
+        self.count(segment_bytes=-entry.disk_bytes, arrays=-len(info.array_names()))
+
+    # -- the prefix tree
+
+    def list_in_tree(self, info: SegmentInfo) -> None:
+        for node, value in self._listings(info):
+            if self._txn.put(node, value, dupdata=False, db=self._env.db["tree"]):
+                self._totals["tree"] = self.totals("tree").adding(value[-8:])
+
+    def unlist(self, info: SegmentInfo) -> None:
+        for node, value in self._listings(info):
+            if self._txn.delete(node, value, db=self._env.db["tree"]):
+                self._totals["tree"] = self.totals("tree").removing(value[-8:])
+
+    def _listings(self, info: SegmentInfo) -> Iterator[tuple[bytes, bytes]]:
+        """Where in the tree a segment stands and how: the digest comes last, so that listings sort by tokens."""
+        path = self.path_tokens(info.segment)
+        keys = prefix.block_keys(bytes.fromhex(info.identity), path[: info.stop - 1])
+        for block in range(info.start // prefix.BLOCK_TOKENS, len(keys)):
+            start = block * prefix.BLOCK_TOKENS
+            tokens = path[start : min(start + prefix.BLOCK_TOKENS, info.stop)]
+            value = prefix.listing(info.fidelity == EXACT, tokens) + bytes.fromhex(info.segment)
+            yield keys[block], value + entries.framed(keys[block], value)[:8]
+
+    def find(self, identity: str, tokens: Tokens, *, exact: bool) -> Found:
+        """Longest stored prefix of `tokens`. With `exact`, only through segments of fidelity EXACT.
+
+        Zero case: Found(0, ()). Token ids are compared, whatever the tree says.
+        cost  O(log blocks) seeks, then the token ids of at most two paths
+        """
+        keys = prefix.block_keys(bytes.fromhex(identity), tokens)
+        best, best_path = 0, list[SegmentInfo]()
+        with self._txn.cursor(db=self._env.db["tree"]) as cursor:
+            low, high = -1, len(keys) - 1  # the last listed key lies in (low, high]; ancestors list all keys before it
+            while low < high:
+                middle = (low + high + 1) // 2
+                found = cursor.set_range_dup(keys[middle], b"\1") if exact else cursor.set_key(keys[middle])
+                low, high = (middle, high) if found else (low, middle - 1)
+            if low < 0:
+                return Found(0, ())
+            block = tokens[low * prefix.BLOCK_TOKENS : (low + 1) * prefix.BLOCK_TOKENS]
+            candidates = {c for flag in ({True} | {exact}) for c in self._nearest(cursor, keys[low], flag, block)}
+        for candidate in sorted(candidates):
+            n = prefix.common_prefix(self.path_tokens(candidate), tokens)
+            if n > best:
+                best, best_path = n, self.path(candidate)
+        return Found(best, entries.spans_of(best_path, best))
+
+    def _nearest(self, cursor: lmdb.Cursor, node: bytes, exact: bool, block: Tokens) -> list[str]:
+        """The segments listed under a key that agree longest with `block`: its neighbours in the order of listings."""
+        wanted = prefix.listing(exact, block)
+        around = []
+        if cursor.set_range_dup(node, wanted):
+            around.append(bytes(cursor.value()))
+            if cursor.prev_dup():
+                around.append(bytes(cursor.value()))
+        elif cursor.set_key(node) and cursor.last_dup():
+            around.append(bytes(cursor.value()))
+        best, found = -1, []
+        for value in around:
+            self._check_listing(node, value)
+            if value[0] == exact:
+                n = prefix.common_prefix(prefix.listed_tokens(value), block)
+                if n > best:
+                    best, found = n, [value[prefix.LISTING_BYTES : -8].hex()]
+        return found
+
+    def _check_listing(self, node: bytes, value: bytes) -> None:
+        if len(value) != prefix.LISTING_BYTES + 24:
+            raise Damaged(
+                f"catalog table tree, entry {node.hex()}: {len(value)} bytes, expected {prefix.LISTING_BYTES + 24}"
+            )
+        entries.unframed("tree", node, value[-8:] + value[:-8])
+
+    def listed_segments(self) -> Iterator[tuple[bytes, str]]:
+        """(key, segment) of every listing in the tree that verifies."""
+        for node, value in self._frames("tree"):
+            with contextlib.suppress(Damaged):
+                self._check_listing(node, value)
+                yield node, value[prefix.LISTING_BYTES : -8].hex()
+
+    # -- paths
+
+    def path(self, segment: str) -> list[SegmentInfo]:
+        """The segment and its ancestors, oldest first."""
+        chain: list[SegmentInfo] = []
+        wanted: str | None = segment
+        while wanted is not None:
+            info = self.segment(wanted)
+            if info is None or (chain and info.start >= chain[-1].start):
+                raise Damaged(f"segment {segment}: ancestor {wanted} is missing or misplaced; run 'kvdb repair'")
+            chain.append(info)
+            wanted = info.parent
+        return chain[::-1]
+
+    def path_tokens(self, segment: str) -> Tokens:
+        """Token ids from position 0 to the end of the segment."""
+        chain = self.path(segment)
+        stops = [info.start for info in chain[1:]] + [chain[-1].stop]
+        parts = [self.tokens(info.segment)[: stop - info.start] for info, stop in zip(chain, stops, strict=True)]
+        return np.concatenate(parts)
+
+    def current(self, segment: str) -> str:
+        """The segment that holds these tokens now: another one after a compaction."""
+        moved = self._get("moved", bytes.fromhex(segment), str)
+        while moved is not None:
+            segment, moved = moved, self._get("moved", bytes.fromhex(moved), str)
+        return segment
+
+    def move(self, segment: str, to: str) -> None:
+        self._put("moved", bytes.fromhex(segment), to)
+
+    def forget_moves(self) -> None:
+        """Drop forwarding addresses that lead nowhere any more."""
+        for key, to in list(self._list("moved", str)):
+            if self.entry(self.current(to)) is None:
+                self._delete("moved", key)
+
+    # -- use
+
+    def use(self, segment: str) -> Use:
+        return self._get("uses", bytes.fromhex(segment), Use) or Use(last_used=0.0, hits=0)
+
+    def set_use(self, segment: str, use: Use) -> None:
+        self._put("uses", bytes.fromhex(segment), use)
+
+    def used(self, segments: Iterable[str], *, hits: int = 1) -> None:
+        """Note that segments were used now. Those that are gone are left out."""
+        now = self.now()
+        for segment in segments:
+            if self.entry(segment) is not None:
+                self._put("uses", bytes.fromhex(segment), Use(last_used=now, hits=self.use(segment).hits + hits))
+
+    # -- what was committed without being forced to disk
+
+    def mark_unsynced(self, segment: str, boot: str) -> None:
+        self._put("unsynced", bytes.fromhex(segment), boot)
+
+    def unsynced(self) -> dict[str, str]:
+        """Segment -> the boot in which it was written."""
+        return {key.hex(): boot for key, boot in self._list("unsynced", str)}
+
+    def mark_synced(self, segment: str) -> None:
+        self._delete("unsynced", bytes.fromhex(segment))
+
+    # -- sequences
+
+    def record(
+        self,
+        last: SegmentInfo,
+        tokens: int,
+        *,
+        name: str | None = None,
+        model: str = "",
+        replaces: str | None = None,
+        ttl_s: float | None = None,
+    ) -> Sequence:
+        """Enter the sequence of the first `tokens` tokens on the path to `last`; see `KVDB.put_sequence`."""
+        path = self.path(last.segment)
+        spans = entries.spans_of(path, tokens)
+        used = {span.segment for span in spans}
+        now = self.now()
+        sequence = Sequence(
+            key=entries.sequence_key(last.identity, spans, name),
+            name=name,
+            identity=last.identity,
+            tokens=tokens,
+            fidelity=fidelity_of(info for info in path if info.segment in used),
+            spans=spans,
+            created=now,
+            model=model,
+            expires=None if ttl_s is None else now + ttl_s,
+        )
+        older = None if replaces in (None, sequence.key) else self.find_sequence(replaces or "")
+        if older is not None and not older.protected:
+            self.remove_sequence(older)
+        return self.put_sequence(sequence)
+
+    def put_sequence(self, sequence: Sequence) -> Sequence:
+        """Insert or update; a name moves to its newest sequence, the older one stays as an unnamed one. Returns the entry."""
+        if (name := sequence.name) is not None:
+            older = self.named(name)
+            if older is not None and older.key != sequence.key:
+                pinned = sequence.pinned or older.pinned  # a pin is the name's
+                sequence = msgspec.structs.replace(sequence, pinned=pinned)
+                self.remove_sequence(older)
+                self._put_unnamed(older)
+            self._put("names", entries.name_key(name), sequence.key)
+        previous = self.find_sequence(sequence.key)
+        if previous is not None:
+            sequence = msgspec.structs.replace(
+                sequence, created=previous.created, pinned=sequence.pinned or previous.pinned
+            )
+        return self._put_entry(sequence)
+
+    def _put_unnamed(self, sequence: Sequence) -> None:
+        key = entries.sequence_key(sequence.identity, sequence.spans, None)
+        if self.find_sequence(key) is None:
+            self._put_entry(msgspec.structs.replace(sequence, key=key, name=None, pinned=False))
+
+    def _put_entry(self, sequence: Sequence) -> Sequence:
+        found = self.span_entries(sequence.spans)
+        sequence = msgspec.structs.replace(
+            sequence, root=entries.spans_root(sequence.spans, found), last_used=0.0, hits=0
+        )
+        self._put("sequences", bytes.fromhex(sequence.key), sequence)
+        if sequence.expires is not None:
+            self.expect_expiry([sequence.expires, *([] if (due := self.next_expiry()) is None else [due])])
+        return sequence
+
+    def next_expiry(self) -> float | None:
+        """Store time before which no sequence expires; None: none ever does."""
+        return self._get("meta", b"next expiry", float)
+
+    def expect_expiry(self, times: list[float]) -> None:
+        if times:
+            self._put("meta", b"next expiry", min(times))
+        else:
+            self._delete("meta", b"next expiry")
+
+    def set_pinned(self, sequence: Sequence, pinned: bool) -> None:
+        self._put_entry(msgspec.structs.replace(sequence, pinned=pinned))
+
+    def rewrite_spans(self, sequence: Sequence, spans: tuple[Span, ...]) -> Sequence | None:
+        """The same sequence in other segments, or cut to fewer; None when nothing is left of it. Returns the new entry."""
+        self.remove_sequence(sequence)
+        if not spans:
+            return None
+        tokens = sum(span.stop - span.start for span in spans)
+        key = entries.sequence_key(sequence.identity, spans, sequence.name)
+        infos = [entry.info for entry in self.span_entries(spans)]
+        changed = msgspec.structs.replace(sequence, key=key, spans=spans, tokens=tokens, fidelity=fidelity_of(infos))
+        if sequence.name is not None or self.find_sequence(key) is None:
+            self.put_sequence(changed)
+        return changed
+
+    def span_entries(self, spans: Iterable[Span]) -> list[SegmentEntry]:
+        """Catalog entries behind spans.
+
+        raises  Damaged when one is missing
+        """
+        found = []
+        for span in spans:
+            entry = self.entry(span.segment)
+            if entry is None:
+                raise Damaged(f"segment {span.segment}: not in the catalog, expected it; run 'kvdb verify'")
+            found.append(entry)
+        return found
+
+    def sequences(self) -> list[Sequence]:
+        """All sequences, oldest first.
+
+        raises  Damaged when an entry does not verify or is missing
+        """
+        found = [self._with_use(sequence) for _, sequence in self._list("sequences", Sequence)]
+        return sorted(found, key=lambda s: (s.created, s.key))
+
+    def readable_sequences(self) -> list[Sequence]:
+        """The sequences whose entries verify."""
+        found = []
+        for key, data in self._frames("sequences"):
+            with contextlib.suppress(Damaged):
+                found.append(entries.decode("sequences", key, entries.unframed("sequences", key, data), Sequence))
+        return found
+
+    def _with_use(self, sequence: Sequence) -> Sequence:
+        use = self.use(sequence.spans[-1].segment)
+        return msgspec.structs.replace(sequence, last_used=max(use.last_used, sequence.created), hits=use.hits)
+
+    def named(self, name: str) -> Sequence | None:
+        key = self._get("names", entries.name_key(name), str)
+        found = None if key is None else self.find_sequence(key)
+        return found if found is not None and found.name == name else None
+
+    def find_sequence(self, key: str) -> Sequence | None:
+        return self._get("sequences", bytes.fromhex(key), Sequence)
+
+    def sequence(self, name_or_key: str) -> Sequence:
+        """By name, else by key or a unique beginning of one.
+
+        raises  SequenceNotFound
+        """
+        found = self.named(name_or_key)
+        if found is None and len(name_or_key) >= 4:
+            matches = [s for s in self.sequences() if s.key.startswith(name_or_key)]
+            found = matches[0] if len(matches) == 1 else None
+        if found is None:
+            names = sorted(s.name for s in self.sequences() if s.name)[:8]
+            raise SequenceNotFound(
+                f"sequence {name_or_key!r}: not in the store, expected a name or key such as {names}; run 'kvdb ls'"
+            )
+        return self._with_use(found)
+
+    def remove_sequence(self, sequence: Sequence) -> None:
+        self._delete("sequences", bytes.fromhex(sequence.key))
+        if sequence.name is not None:
+            self._delete("names", entries.name_key(sequence.name))
+
+    def remove_unreferenced(self) -> list[SegmentInfo]:
+        """Remove and return the segments that no sequence passes through, children before parents."""
+        live = {span.segment for s in self.sequences() for span in s.spans}
+        dead = [entry.info for segment, entry in self.segments().items() if segment not in live]
+        dead.sort(key=lambda info: -info.start)
+        for info in dead:
+            self.remove_segment(info)
+        return dead
+
+
+def _frame(table: str, data: bytes) -> bytes:
+    """The digest of an entry; a listing in the tree carries it at its end."""
+    return (data[-8:] if table == "tree" else data[:8]).ljust(8, b"\0")
+
+
+def fidelity_of(infos: Iterable[SegmentInfo]) -> str:
+    """Fidelity of tokens in these segments, oldest first: approximate from the first that is."""
+    approximate = [info.fidelity for info in infos if info.fidelity != EXACT]
+    return approximate[-1] if approximate else EXACT
