@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from kvdb import files
+from kvdb import files, manifests
 from kvdb.environment import DATA, Environment, environment
 from kvdb.errors import Damaged, StorageFull, StoreError, StoreLocked
 from kvdb.lock import WriteLock
@@ -29,6 +29,7 @@ class Catalog:
 
     create   make an empty catalog if there is none; otherwise a missing one is Damaged, never silently empty
     durable  whether a commit reaches the disk before it returns
+    names    folder of the manifests that follow named sequences; None: there is none
     lock     False only to look at a store that nobody writes to and that must not be touched
     """
 
@@ -39,10 +40,11 @@ class Catalog:
         readonly: bool,
         create: bool = False,
         durable: bool = True,
+        names: Path | None = None,
         lock: bool = True,
         lock_timeout_s: float = 30.0,
     ) -> None:
-        self.path, self.readonly, self._durable = path, readonly, durable
+        self.path, self.readonly, self._durable, self._names = path, readonly, durable, names
         if not create and not (path / DATA).exists():
             raise Damaged(f"{path}: no {DATA}, expected the store's catalog; run 'kvdb repair --rebuild'")
         self._locking, self._lock_timeout_s = lock, lock_timeout_s
@@ -92,10 +94,12 @@ class Catalog:
                 yield Transaction(env, raw)
             return
         with self._lock.held():
-            with env.transaction(write=True) as raw:
+            with contextlib.ExitStack() as after, env.transaction(write=True) as raw:
                 txn = Transaction(env, raw, writing=True)
                 yield txn
                 txn.finish_writing()
+                if self._names is not None:
+                    after.enter_context(manifests.following(self._names, txn.manifests, durable=self._durable))
             if self._durable and not env.durable:  # another handle of this process opened it relaxed
                 env.sync()
 

@@ -12,6 +12,7 @@ about files are looked at again, while no writer is at work, before they are tol
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,13 +69,15 @@ def _check_leftovers(root: Path, txn: Transaction) -> Iterator[Problem]:
     for array in files.list_dir(root / "chunks"):
         if array not in named:
             yield Problem(f"array {array}", "orphan", "no catalog entry names it, expected none left over")
-    wanted = {s.key: s for s in sequences if s.name is not None}
-    there = {s.key: s for s in manifests.read(root)}
-    for key in sorted(wanted.keys() | set(manifests.keys(root))):
-        if key not in wanted:
-            yield Problem(f"manifest {key}", "orphan", "no named sequence has this key, expected none left over")
-        elif key not in there or there[key].spans != wanted[key].spans:
-            yield Problem(f"sequence {wanted[key].name}", "manifest", "its manifest is missing or differs, expected it")
+    wanted = {f"{s.key}.json": s for s in sequences if s.name is not None}
+    there = {f"{s.key}.json": s for s in manifests.read(root / manifests.NAMES)}
+    for name in sorted(wanted.keys() | set(files.list_dir(root / manifests.NAMES))):
+        if name not in wanted:
+            yield Problem(f"manifest {name}", "orphan", "no named sequence has this key, expected none left over")
+        elif name not in there or there[name].spans != wanted[name].spans:
+            yield Problem(
+                f"sequence {wanted[name].name}", "manifest", "its manifest is missing or differs, expected it"
+            )
     for workspace in folder.dead_workspaces(root):
         yield Problem(
             f"workspace {workspace.name}", "leftover", "its writer is gone, expected it swept; open for writing"
@@ -117,7 +120,12 @@ def _check_catalog(txn: Transaction) -> Iterator[Problem]:
     used = {span.segment for sequence in sequences for span in sequence.spans}
     for segment in sorted(set(segments) - used):
         yield Problem(f"segment {segment}", "unreferenced", "no sequence passes through it, expected one", segment)
-    yield from _check_names(txn, sequences)
+    with contextlib.suppress(Damaged):  # of totals and counters: told already
+        yield from _check_names(txn, sequences)
+        yield from _check_counters(txn, segments)
+
+
+def _check_counters(txn: Transaction, segments: dict[str, SegmentEntry]) -> Iterator[Problem]:
     counters, entries = txn.counters(), segments.values()
     expected = (sum(e.disk_bytes for e in entries), sum(len(e.info.array_names()) for e in entries))
     if (counters.segment_bytes, counters.arrays) != expected:

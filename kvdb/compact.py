@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvdb import manifests
-from kvdb.entries import SegmentEntry, Sequence, Span, Use
+from kvdb.entries import SegmentEntry, Span, Use
 from kvdb.errors import Damaged
 from kvdb.format import SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS
@@ -101,17 +100,12 @@ def _merge(db: KVDB, run: list[str]) -> int:
         new = writer.seal(tokens)
         with db.write_transaction() as txn:
             txn.add_segment(new, identity, tokens)
-            sequences = _swap(txn, old, new)
-            for _, after in sequences:
-                if after.name is not None:
-                    manifests.write(db.path, db.own_workspace(), after)
+            _swap(txn, old, new)
             txn.count(bytes_written=new.disk_bytes, bytes_compacted=new.disk_bytes)
             writer.publish(db.path / "chunks")
     except BaseException:
         db.abandon(writer)
         raise
-    for before, _ in sequences:
-        manifests.remove(db.path, before.key)
     db.space.dispose(entry.info for entry in old)
     db.space.enforce(keep=new.info.segment)
     return len(run) - 1
@@ -134,21 +128,17 @@ def _copy(reader: Reader, writer: SegmentWriter, segment: Segment, tokens: int) 
         writer.append_rows(layer, rows, built, tokens)
 
 
-def _swap(txn: Transaction, old: list[SegmentEntry], new: SegmentEntry) -> list[tuple[Sequence, Sequence]]:
-    """Lead every sequence through the new segment; returns the sequences before and after."""
+def _swap(txn: Transaction, old: list[SegmentEntry], new: SegmentEntry) -> None:
+    """Lead every sequence through the new segment, and the old ids to it."""
     gone = {entry.info.segment for entry in old}
-    changed = []
     for sequence in txn.sequences():
         inside = [span for span in sequence.spans if span.segment in gone]
         if inside:  # they are its last ones: nothing else continues the run
             covered = sum(span.stop - span.start for span in inside)
             before = sequence.spans[: -len(inside)]
-            after = txn.rewrite_spans(sequence, (*before, Span(segment=new.info.segment, start=0, stop=covered)))
-            assert after is not None
-            changed.append((sequence, after))
+            txn.rewrite_spans(sequence, (*before, Span(segment=new.info.segment, start=0, stop=covered)))
     uses = [txn.use(entry.info.segment) for entry in old]
     txn.set_use(new.info.segment, Use(last_used=max(use.last_used for use in uses), hits=uses[-1].hits))
     for entry in reversed(old):
         txn.move(entry.info.segment, new.info.segment)
         txn.remove_segment(entry.info)
-    return changed

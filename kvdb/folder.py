@@ -145,9 +145,9 @@ def sweep(root: Path, catalog: Catalog) -> None:
             for array in files.list_dir(root / "chunks"):
                 if array != format.METADATA_KEY and array.partition(".")[0] not in known:
                     files.remove_tree(root / "chunks" / array)
-            named = {s.key for s in txn.sequences() if s.name is not None}
-            for key in set(manifests.keys(root)) - named:
-                manifests.remove(root, key)
+            named = {f"{s.key}.json" for s in txn.sequences() if s.name is not None}
+            for name in set(files.list_dir(root / manifests.NAMES)) - named:
+                files.unlink(root / manifests.NAMES / name)
 
 
 def dead_workspaces(root: Path) -> list[Path]:

@@ -1,12 +1,13 @@
 """Manifests: one small file per named sequence, so that names survive the loss of the catalog.
 
-STORE/names/<sequence key>.json is the sequence's entry. It is written before the transaction that makes the name visible and
-removed after the one that takes it away; the catalog decides, a manifest only helps to rebuild it.
+STORE/names/<sequence key>.json is the sequence's entry. It is written before the commit that makes the name visible and removed
+after the one that takes it away; the catalog decides, a manifest only helps to rebuild it.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -19,34 +20,55 @@ from kvdb.errors import Damaged
 NAMES: Final = "names"
 
 
-def write(root: Path, workspace: Path, sequence: Sequence) -> None:
-    """Put a sequence's manifest in its place, durably; an older one of the same key is replaced."""
-    draft = workspace / f"{sequence.key}.json"
+@contextlib.contextmanager
+def following(names: Path, changes: dict[str, Sequence | None], *, durable: bool) -> Iterator[None]:
+    """Around a commit: manifests of what it enters are there before, of what it takes away gone after.
+
+    changes  key -> the named sequence, or None for one that goes
+    """
+    fresh: list[Path] = []
+    try:
+        for key, sequence in changes.items():
+            if sequence is not None:
+                path = names / f"{key}.json"
+                if not path.exists():
+                    fresh.append(path)
+                _write(path, sequence, durable=durable)
+        if durable and any(changes.values()):
+            files.fsync_dir(names)
+        yield
+    except BaseException:
+        for path in fresh:
+            files.unlink(path)
+        raise
+    for key, sequence in changes.items():
+        if sequence is None:
+            files.unlink(names / f"{key}.json")
+
+
+def _write(path: Path, sequence: Sequence, *, durable: bool = True) -> None:
+    draft = path.with_name(f"{path.name}.part")
     files.unlink(draft)
-    files.write_new(draft, msgspec.json.format(msgspec.json.encode(sequence), indent=1) + b"\n")
-    files.rename(draft, _path(root, sequence.key))
-    files.fsync_dir(root / NAMES)
+    try:
+        files.write_new(draft, msgspec.json.format(msgspec.json.encode(sequence), indent=1) + b"\n", durable=durable)
+        files.rename(draft, path)
+    except BaseException:
+        files.unlink(draft)
+        raise
 
 
-def remove(root: Path, key: str) -> None:
-    files.unlink(_path(root, key))
+def write(names: Path, sequence: Sequence) -> None:
+    """Put one manifest in its place, durably."""
+    _write(names / f"{sequence.key}.json", sequence)
+    files.fsync_dir(names)
 
 
-def read(root: Path) -> list[Sequence]:
+def read(names: Path) -> list[Sequence]:
     """Every readable manifest, oldest first: of two with the same name the later one counts."""
     found = []
-    for name in files.list_dir(root / NAMES):
+    for name in files.list_dir(names):
         with contextlib.suppress(OSError, Damaged, msgspec.MsgspecError):
-            sequence = msgspec.json.decode(files.read_file(root / NAMES / name), type=Sequence)
+            sequence = msgspec.json.decode(files.read_file(names / name), type=Sequence)
             if name == f"{sequence.key}.json" and sequence.name is not None:
                 found.append(sequence)
     return sorted(found, key=lambda s: (s.created, s.key))
-
-
-def keys(root: Path) -> list[str]:
-    """Keys that have a manifest, readable or not."""
-    return [name.removesuffix(".json") for name in files.list_dir(root / NAMES)]
-
-
-def _path(root: Path, key: str) -> Path:
-    return root / NAMES / f"{key}.json"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import numpy as np
 
-from kvdb import files, format, manifests
+from kvdb import files, format
 from kvdb.check import check_files
 from kvdb.entries import SegmentEntry, Sequence
 from kvdb.errors import Damaged, IdentityMismatch, InvalidInput
@@ -133,15 +133,10 @@ def _take_in(db: KVDB, source: Path, archive: zipfile.ZipFile, name: str | None)
                     txn.add_segment(entry, identity, stored_tokens(workspace, entry.info))
                     txn.count(bytes_written=measured, segments_written=1, tokens_written=entry.info.tokens)
                 last = described.segments[-1].info
-                older = None if name is None else txn.named(name)
                 recorded = txn.record(last, sequence.tokens, name=name, model=sequence.model)
-                if name is not None:
-                    manifests.write(db.path, workspace, recorded)
                 for array, _ in (item for entry in fresh for item in _arrays(entry)):
                     files.rename(workspace / array, db.path / "chunks" / array)
                 files.fsync_dir(db.path / "chunks")
-            if older is not None and older.key != recorded.key:
-                manifests.remove(db.path, older.key)
             db.space.enforce(keep=last.segment)
             return recorded.key
     except BaseException:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap as _mmap
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +38,26 @@ VERIFY: Final = ("first", "always", "never")
 TRASH: Final = "trash"
 """Beside chunks/: where arrays wait between their deletion and their end. A reader that was on its way finds them there."""
 
-Verified = dict[tuple[str, int], Array]
-"""(segment, group) -> which records have been verified, one bool per row of the shard. Shared by a handle's readers."""
+
+class Verified:
+    """Which records a handle's readers have verified: one bool per row of a shard. Bounded: the oldest shards are forgotten."""
+
+    LIMIT_BYTES: ClassVar[int] = 64 << 20
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, int], Array] = {}
+        self._lock = threading.Lock()
+
+    def of(self, segment: str, group: int, count: int) -> Array:
+        """The marks of a shard of `count` rows, to be set in place."""
+        with self._lock:
+            marks = self._rows.pop((segment, group), None)
+            if marks is None:
+                marks = np.zeros(count, bool)
+            self._rows[segment, group] = marks
+            while len(self._rows) > 1 and sum(map(len, self._rows.values())) > self.LIMIT_BYTES:
+                del self._rows[next(iter(self._rows))]
+            return marks
 
 
 class _OpenArray:
@@ -122,7 +141,7 @@ class Reader(ABC):
 
     def __init__(self, verify: str = "first", verified: Verified | None = None) -> None:
         self.bytes_read = 0
-        self._verify, self._verified = verify, {} if verified is None else verified
+        self._verify, self._verified = verify, verified or Verified()
         self._open: dict[tuple[str, int], _OpenArray] = {}
         self._abstracts: dict[tuple[str, int, str], tuple[Path, int]] = {}  # path, descriptor
         self._layer_digests: dict[tuple[str, int, str], list[str]] = {}
@@ -200,7 +219,7 @@ class Reader(ABC):
         ):
             h = xxhash.xxh3_64(seed=(seed + row) & _U64)
             for part in parts(i):
-                h.update(memoryview(part))
+                h.update(part.data)
             if h.intdigest() != expected:
                 raise self._damaged(array, row, h.intdigest(), expected)
         array.verified[rows[wanted]] = True
@@ -290,7 +309,7 @@ class Reader(ABC):
                     name = format.kv_array(segment.info.segment, group)
                     array.load_digests(segment.seals.get(name, "no seal"))
                     assert array.digests is not None
-                    array.verified = self._verified.setdefault(key, np.zeros(len(array.digests), bool))
+                    array.verified = self._verified.of(*key, len(array.digests))
                 self._prepare(array, layout(segment.info, group).payload_bytes)
             except BaseException:
                 self._release(array)

@@ -74,10 +74,14 @@ def repair(path: Path, *, apply: bool = False, rebuild: bool = False) -> Repair:
     return report
 
 
+def _catalog(path: Path, *, readonly: bool) -> Catalog:
+    return Catalog(path / "catalog", readonly=readonly, names=path / manifests.NAMES)
+
+
 def _problems(path: Path, *, writing: bool) -> list[Problem]:
     held = folder.hold(path, exclusive=False)
     try:
-        catalog = Catalog(path / "catalog", readonly=not writing)
+        catalog = _catalog(path, readonly=not writing)
         return list(check_store(path, catalog))
     except KVDBError as e:
         return [Problem("catalog", "catalog", str(e))]
@@ -91,7 +95,7 @@ def _problems(path: Path, *, writing: bool) -> list[Problem]:
 def _mend(path: Path, bad: set[str], report: Repair) -> None:
     held = folder.hold(path, exclusive=False)
     try:
-        catalog = Catalog(path / "catalog", readonly=not report.applied)
+        catalog = _catalog(path, readonly=not report.applied)
         if bad:
             report.actions += drop_segments(path, catalog, bad, apply=report.applied)
         for problem in report.problems:
@@ -116,12 +120,13 @@ def _tidy(path: Path, catalog: Catalog) -> None:
 
 
 def _write_manifests(path: Path, named: list[Sequence]) -> None:
-    there = {s.key: s for s in manifests.read(path)}
-    for key in set(manifests.keys(path)) - {s.key for s in named}:
-        quarantine(path, path / manifests.NAMES / f"{key}.json")
+    names = path / manifests.NAMES
+    there = {s.key: s for s in manifests.read(names)}
+    for name in set(files.list_dir(names)) - {f"{s.key}.json" for s in named}:
+        quarantine(path, names / name)
     for sequence in named:
         if sequence.key not in there or there[sequence.key].spans != sequence.spans:
-            manifests.write(path, path / "tmp", sequence)
+            manifests.write(names, sequence)
 
 
 def drop_segments(path: Path, catalog: Catalog, bad: set[str], *, apply: bool) -> list[str]:
@@ -148,9 +153,6 @@ def drop_segments(path: Path, catalog: Catalog, bad: set[str], *, apply: bool) -
             if apply:
                 txn.remove_segment(info)
     if apply:
-        for sequence in touched:
-            if sequence.name is not None:
-                quarantine(path, path / manifests.NAMES / f"{sequence.key}.json")
         for info in gone.values():
             for array in info.array_names():
                 quarantine(path, path / "chunks" / array)
@@ -202,30 +204,37 @@ class _Found(msgspec.Struct, frozen=True):
 
 
 def _rebuild(path: Path, report: Repair) -> None:
-    chunks = path / "chunks"
-    found, broken = _scan(chunks)
-    sequences, limits = _salvage(path)
-    whole = _connected(found)
-    for segment in sorted(broken | (set(found) - set(whole))):
-        report.actions.append(
-            f"quarantine segment {segment}: {'damaged' if segment in broken else 'its parent is gone'}"
-        )
-    report.actions.append(
-        f"rebuild the catalog from {len(whole)} segments and {len(sequences)} known sequences; statistics are lost, and pins and "
-        "expiry of sequences that only manifests know"
-    )
-    if not report.applied:
-        return
-    held = folder.hold(path, exclusive=True)
-    workspace = path / "tmp" / f"rebuild-{os.urandom(8).hex()}"
+    held = folder.hold(path, exclusive=report.applied)  # nobody may be left with the old catalog
     try:
-        files.mkdir(workspace)
+        chunks = path / "chunks"
+        found, broken = _scan(chunks)
+        sequences, limits = _salvage(path)
+        whole = _connected(found)
+        lost = broken | (set(found) - set(whole))
+        for segment in sorted(lost):
+            report.actions.append(
+                f"quarantine segment {segment}: {'damaged' if segment in broken else 'its parent is gone'}"
+            )
+        report.actions.append(
+            f"rebuild the catalog from {len(whole)} segments and {len(sequences)} known sequences; statistics are lost, and "
+            "what only the catalog knew: pins and expiry of unnamed sequences"
+        )
+        if report.applied:
+            _replace_catalog(path, whole, lost, sequences, limits)
+    finally:
+        files.close(held)
+
+
+def _replace_catalog(
+    path: Path, whole: dict[str, _Found], lost: set[str], sequences: list[Sequence], limits: Limits
+) -> None:
+    chunks, workspace = path / "chunks", path / "tmp" / f"rebuild-{os.urandom(8).hex()}"
+    files.mkdir(workspace)
+    try:
         named = _fill(workspace / "catalog", chunks, whole, sequences, limits)
-        for segment in set(found) | broken:
-            if segment not in whole:
-                for array in files.list_dir(chunks):
-                    if array.partition(".")[0] == segment:
-                        quarantine(path, chunks / array)
+        for array in files.list_dir(chunks):
+            if array.partition(".")[0] in lost:
+                quarantine(path, chunks / array)
         quarantine(path, path / "catalog")
         files.rename(workspace / "catalog", path / "catalog")
         files.fsync_dir(path)
@@ -234,7 +243,6 @@ def _rebuild(path: Path, report: Repair) -> None:
             files.write_new(chunks / format.METADATA_KEY, format.group_metadata())
     finally:
         files.remove_tree(workspace)
-        files.close(held)
 
 
 def _scan(chunks: Path) -> tuple[dict[str, _Found], set[str]]:
@@ -295,7 +303,7 @@ def _connected(found: dict[str, _Found]) -> dict[str, _Found]:
 
 def _salvage(path: Path) -> tuple[list[Sequence], Limits]:
     """Sequences that the old catalog and the manifests know, and the old limits, as far as they can be read."""
-    known = manifests.read(path) if (path / manifests.NAMES).exists() else []
+    known = manifests.read(path / manifests.NAMES)
     limits = Limits()
     with contextlib.suppress(KVDBError):
         catalog = Catalog(path / "catalog", readonly=False)

@@ -117,9 +117,6 @@ class Space:
                 gone, sequences = gone + more, sequences + cut
             txn.count(segments_evicted=len(gone))
         self.dispose(entry.info for entry in gone)
-        for sequence in sequences:
-            if sequence.name is not None:
-                manifests.remove(self.root, sequence.key)
         return Evicted([entry.info for entry in gone], sequences)
 
     def _take_leaves(

@@ -82,7 +82,7 @@ class KVDB:
         self._pid = os.getpid()
         self._workspace: Path | None = None
         self._workspace_lock: int | None = None
-        self._verified: Verified = {}
+        self._verified = Verified()
         self._used: dict[str, int] = {}  # segment -> hits since the last write transaction
         self._held: int | None = folder.hold(path, exclusive=False)
         try:
@@ -90,6 +90,7 @@ class KVDB:
                 path / "catalog",
                 readonly=self.readonly,
                 durable=self.durable,
+                names=path / manifests.NAMES,
                 lock=options.lock,
                 lock_timeout_s=options.lock_timeout_s,
             )
@@ -222,7 +223,6 @@ class KVDB:
             files.close(self._workspace_lock)
             self._workspace_lock = None
         self.catalog.close()
-        self._verified.clear()
         if self._held is not None:
             files.close(self._held)
             self._held = None
@@ -504,12 +504,7 @@ class KVDB:
             info = txn.segment(txn.current(last.info.segment))
             if info is None:
                 raise _deleted(last.info.segment)
-            older = None if name is None else txn.named(name)
             sequence = txn.record(info, tokens, name=name, model=model, replaces=replaces, ttl_s=ttl_s)
-            if name is not None:
-                manifests.write(self.path, self.own_workspace(), sequence)
-        if older is not None and older.key != sequence.key:
-            manifests.remove(self.path, older.key)
         self.space.enforce(keep=info.segment)
         return sequence.key
 
@@ -543,8 +538,6 @@ class KVDB:
             dead = txn.remove_unreferenced()
             txn.forget_moves()
             freed = before - txn.counters().segment_bytes
-        if sequence.name is not None:
-            manifests.remove(self.path, sequence.key)
         self.space.dispose(dead)
         return freed
 
