@@ -61,12 +61,12 @@ class Catalog:
         self._env.ready()
         return self._env
 
-    def locked(self) -> contextlib.AbstractContextManager[None]:
+    def locked(self, timeout_s: float | None = None) -> contextlib.AbstractContextManager[None]:
         """Keep every other writer out for the block; transactions inside it are this thread's own.
 
         raises  StoreLocked
         """
-        return self._lock.held()
+        return self._lock.held(timeout_s)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -99,7 +99,7 @@ class Catalog:
                 yield txn
                 txn.finish_writing()
                 if self._names is not None:
-                    after.enter_context(manifests.following(self._names, txn.manifests, durable=self._durable))
+                    after.enter_context(manifests.following(self._names, txn.manifests))
             if self._durable and not env.durable:  # another handle of this process opened it relaxed
                 env.sync()
 

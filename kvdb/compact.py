@@ -33,9 +33,8 @@ def compact(db: KVDB, name_or_key: str | None) -> int:
         segments = txn.segments()
     saved = 0
     for run in {tuple(plan(segments, s.spans)) for s in wanted}:
-        if len(run) > 1:
-            with db.catalog.locked():
-                saved += _merge(db, list(run))
+        with db.catalog.locked():
+            saved += _merge(db, list(run))
     return saved
 
 
@@ -68,14 +67,21 @@ def _kind(info: SegmentInfo) -> tuple[object, ...]:
 
 def _merge(db: KVDB, run: list[str]) -> int:
     """The caller holds the write lock, so that nothing is continued or deleted meanwhile."""
+    if len(run) < 2:
+        return 0
     with db.catalog.begin() as txn:
-        segments = txn.segments()
+        segments, sequences = txn.segments(), txn.sequences()
         if not all(segment in segments for segment in run) or not _alone(segments, run):
             return 0  # somebody was faster
         old = [segments[segment] for segment in run]
         stops = [entry.info.start for entry in old[1:]] + [old[-1].info.stop]
         pieces = [(entry, stop - entry.info.start) for entry, stop in zip(old, stops, strict=True)]
         tokens = np.concatenate([txn.tokens(entry.info.segment)[:count] for entry, count in pieces])
+        for i, (entry, count) in enumerate(pieces):
+            used = max((s.spans[-1].stop for s in sequences if s.spans[-1].segment == entry.info.segment), default=0)
+            start = entry.info.start - old[0].info.start
+            if not np.array_equal(txn.tokens(entry.info.segment)[count:used], tokens[start + count : start + used]):
+                return _merge(db, run[i + 1 :])  # a sequence ends here in a branch that the next segment is not on
         identity = txn.identity(old[0].info.identity)
     first = old[0].info
     if identity is None:
@@ -89,6 +95,7 @@ def _merge(db: KVDB, run: list[str]) -> int:
         capacity=first.geometry.chunks(len(tokens)),
         codec=codec_of(first),
         abstracts=first.abstracts,
+        keep=run[-1],
     )
     try:
         reader = READERS[db.read_mode]("always")

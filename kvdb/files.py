@@ -287,13 +287,12 @@ def modified(path: Path) -> float:
     return os.lstat(path).st_mtime
 
 
-def write_new(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Create, fill and, if durable, fsync a small file."""
+def write_new(path: Path, data: bytes) -> None:
+    """Create, fill and fsync a small file."""
     fd = open_excl(path)
     try:
         write_all(fd, data, 0, path)
-        if durable:
-            fsync(fd, path)
+        fsync(fd, path)
     finally:
         close(fd)
 

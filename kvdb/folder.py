@@ -137,10 +137,12 @@ def sweep(root: Path, catalog: Catalog) -> None:
     """
     died = _sweep_workspaces(root)
     arrays = len(files.list_dir(root / "chunks")) - 1  # its zarr.json
-    with catalog.begin() as txn:
-        expected = txn.counters().arrays
-    if died or arrays != expected:
-        with contextlib.suppress(Damaged), catalog.begin(write=True) as txn:
+    with contextlib.suppress(Damaged):
+        with catalog.begin() as txn:
+            expected = txn.counters().arrays
+        if not died and arrays == expected:
+            return
+        with catalog.begin(write=True) as txn:
             known = set(txn.segments())
             for array in files.list_dir(root / "chunks"):
                 if array != format.METADATA_KEY and array.partition(".")[0] not in known:

@@ -25,19 +25,21 @@ class WriteLock:
         self._pid, self._thread, self._depth = os.getpid(), threading.RLock(), 0
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, timeout_s: float | None = None) -> Iterator[None]:
         """Hold the lock for the block.
 
-        raises  StoreLocked after the time given at the beginning
+        timeout_s  instead of the lock's own
+        raises     StoreLocked after that time
         """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         if self._pid != os.getpid():  # after a fork: the parent's hold is not ours
             self._renew()
-        if not self._thread.acquire(timeout=self._timeout_s):
+        if not self._thread.acquire(timeout=timeout_s):
             raise StoreLocked(
-                f"{self._path}: held by another thread for {self._timeout_s:g} s, expected it to be free; try again later"
+                f"{self._path}: held by another thread for {timeout_s:g} s, expected it to be free; try again later"
             )
         try:
-            fd = None if self._depth else files.lock(self._path, timeout_s=self._timeout_s)
+            fd = None if self._depth else files.lock(self._path, timeout_s=timeout_s)
             self._depth += 1
             try:
                 yield

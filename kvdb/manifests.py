@@ -21,8 +21,9 @@ NAMES: Final = "names"
 
 
 @contextlib.contextmanager
-def following(names: Path, changes: dict[str, Sequence | None], *, durable: bool) -> Iterator[None]:
+def following(names: Path, changes: dict[str, Sequence | None]) -> Iterator[None]:
     """Around a commit: manifests of what it enters are there before, of what it takes away gone after.
+    They are forced to disk whatever the durability of the rest: names are few, and somebody chose them.
 
     changes  key -> the named sequence, or None for one that goes
     """
@@ -33,8 +34,8 @@ def following(names: Path, changes: dict[str, Sequence | None], *, durable: bool
                 path = names / f"{key}.json"
                 if not path.exists():
                     fresh.append(path)
-                _write(path, sequence, durable=durable)
-        if durable and any(changes.values()):
+                _write(path, sequence)
+        if any(changes.values()):
             files.fsync_dir(names)
         yield
     except BaseException:
@@ -46,11 +47,11 @@ def following(names: Path, changes: dict[str, Sequence | None], *, durable: bool
             files.unlink(names / f"{key}.json")
 
 
-def _write(path: Path, sequence: Sequence, *, durable: bool = True) -> None:
+def _write(path: Path, sequence: Sequence) -> None:
     draft = path.with_name(f"{path.name}.part")
     files.unlink(draft)
     try:
-        files.write_new(draft, msgspec.json.format(msgspec.json.encode(sequence), indent=1) + b"\n", durable=durable)
+        files.write_new(draft, msgspec.json.format(msgspec.json.encode(sequence), indent=1) + b"\n")
         files.rename(draft, path)
     except BaseException:
         files.unlink(draft)

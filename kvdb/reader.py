@@ -97,7 +97,7 @@ class _OpenArray:
         self.digests = np.frombuffer(data, "<u8")
 
 
-def _open_array(segment: Segment, array: str) -> tuple[Path, int]:
+def _open_array(segment: Segment, group: int, array: str) -> tuple[Path, int]:
     """Open an array's file, in chunks/ or where a deletion has just put it.
 
     raises  Damaged when it is nowhere
@@ -110,8 +110,8 @@ def _open_array(segment: Segment, array: str) -> tuple[Path, int]:
             aside = segment.folder.parent / TRASH / array / format.SHARD_KEY
             return aside, files.open_read(aside)
         raise Damaged(
-            f"segment {segment.info.segment}, layer {segment.info.geometry.layers[0]}, file {path}: {e.strerror}, expected "
-            "it; run 'kvdb verify' and delete the sequence to recompute it"
+            f"segment {segment.info.segment}, layer {segment.info.geometry.groups[group].layers[0]}, file {path}: {e.strerror}, "
+            "expected it; run 'kvdb verify' and delete the sequence to recompute it"
         ) from e
 
 
@@ -121,7 +121,7 @@ def _open_checked(segment: Segment, group: int, place: format.ShardLayout, row: 
     raises  Damaged naming segment, first layer that is cut off, and file
     """
     info = segment.info
-    path, fd = _open_array(segment, format.kv_array(info.segment, group))
+    path, fd = _open_array(segment, group, format.kv_array(info.segment, group))
     size, expected = files.file_size(fd), place.payload_bytes if segment.seals is None else place.file_bytes
     if size < expected:
         files.close(fd)
@@ -272,7 +272,7 @@ class Reader(ABC):
     def _abstract(self, segment: Segment, group: int, name: str) -> tuple[Path, int]:
         key = (segment.info.segment, group, name)
         if key not in self._abstracts:
-            self._abstracts[key] = _open_array(segment, format.abstract_array(segment.info.segment, name, group))
+            self._abstracts[key] = _open_array(segment, group, format.abstract_array(segment.info.segment, name, group))
             if segment.seals is not None and self._verify != "never":
                 self._abstract_digests(segment, group, name, self._abstracts[key][0])
         return self._abstracts[key]

@@ -124,8 +124,8 @@ class Space:
     ) -> tuple[list[SegmentEntry], list[Sequence]]:
         sequences, segments = txn.sequences(), txn.segments()
         stays = [s for s in sequences if s.pinned or (s.name is not None and not named)]
-        kept = {span.segment for s in stays for span in s.spans}
-        kept |= {info.segment for info in txn.path(keep)} if keep in segments else set()
+        protected = {span.segment for s in stays for span in s.spans}
+        kept = protected | ({info.segment for info in txn.path(keep)} if keep in segments else set())
         children = Counter(entry.info.parent for entry in segments.values())
         leaves = [
             (self.retention.rank(_leaf(txn, entry)), segment)
@@ -148,7 +148,7 @@ class Space:
         cut = [s for s in sequences if any(span.segment in gone for span in s.spans)]
         for sequence in cut:
             left = tuple(span for span in sequence.spans if span.segment not in gone)
-            if sequence.name is not None or not left or left[-1].segment in kept:
+            if sequence.name is not None or not left or left[-1].segment in protected:
                 txn.remove_sequence(sequence)
             else:
                 txn.rewrite_spans(sequence, left)

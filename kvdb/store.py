@@ -12,9 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
-import msgspec
 import numpy as np
 
 from kvdb import compact, files, folder, manifests, portable, repair
@@ -30,26 +29,24 @@ from kvdb.errors import (
     Problem,
     ReadOnly,
     SequenceNotFound,
+    StorageFull,
     StoreError,
     StoreLocked,
     StoreNotFound,
-    Unsupported,
 )
 from kvdb.folder import Header
 from kvdb.format import FORMAT_VERSION, SegmentInfo
 from kvdb.geometry import Geometry
 from kvdb.identity import EXACT, Identity
+from kvdb.options import Mode, Options
 from kvdb.prefix import Tokens
-from kvdb.reader import READERS, VERIFY, Reader, Verified
+from kvdb.reader import READERS, Reader, Verified
 from kvdb.retention import RETENTION
 from kvdb.segments import Segment, SegmentWriter, new_segment_id, reserved_bytes
 from kvdb.sizes import parse_bytes
 from kvdb.space import Space
 from kvdb.transaction import Transaction
 
-Mode = Literal["r", "r+", "a", "w", "w-"]
-_MODES: Final = ("r", "r+", "a", "w", "w-")
-DURABILITY: Final = ("commit", "relaxed")
 UNLIMITED: Final = "unlimited"
 
 
@@ -184,10 +181,12 @@ class KVDB:
     def _tidy(self) -> None:
         """What an opener for writing owes the store: leftovers removed, limits kept."""
         folder.make_parts(self.path)
-        folder.sweep(self.path, self.catalog)
-        self.space.reap()
-        self.catalog.ballast()
-        with contextlib.suppress(Damaged):  # a damaged catalog is for `check` and `repair` to tell; reading goes on
+        with contextlib.suppress(
+            Damaged, StorageFull
+        ):  # reading goes on: `check` tells what is damaged, deleting makes room
+            folder.sweep(self.path, self.catalog)
+            self.space.reap()
+            self.catalog.ballast()
             with self.catalog.begin() as txn:
                 unsynced = set(txn.unsynced().values()) - {files.moment().boot}
                 due = txn.next_expiry()
@@ -209,10 +208,13 @@ class KVDB:
     def close(self) -> None:
         """Close the store; closing twice is fine. Caches made from it must not be used any more."""
         if not self.catalog.closed and self._pid == os.getpid() and not self.readonly:
-            with contextlib.suppress(StoreError, Damaged, OSError):  # statistics, and what `sync` would tell
+            with contextlib.suppress(StoreError, Damaged, OSError):  # only statistics: not worth waiting or failing for
                 if self._used:
-                    with self.write_transaction():
+                    with self.catalog.locked(timeout_s=0), self.write_transaction():
                         pass
+            with contextlib.suppress(
+                StoreError, Damaged, OSError
+            ):  # the last commits then stay what they were: relaxed
                 if not self.durable:
                     self.sync()
         if self._workspace is not None:
@@ -379,16 +381,18 @@ class KVDB:
         capacity: int,
         codec: Codec | None = None,
         abstracts: tuple[str, ...] = ("box",),
+        keep: str | None = None,
     ) -> SegmentWriter:
         """Begin a segment of at most `capacity` chunks after `parent`, at position `start`.
 
+        keep    segment that making room must leave alone, with its ancestors; None: the parent
         raises  ReadOnly in mode "r"; StorageFull when the cap or the disk has no room for it, even after eviction
         """
         workspace, codec = self.own_workspace(), codec or Raw()
         with self.catalog.locked():  # until its files stand there, full size, no other writer counts this room as free
             with self.catalog.begin() as txn:
                 parent = None if parent is None else txn.current(parent)
-            self.space.make_room(reserved_bytes(geometry, codec, abstracts, capacity), keep=parent)
+            self.space.make_room(reserved_bytes(geometry, codec, abstracts, capacity), keep=keep or parent)
             return SegmentWriter(
                 workspace,
                 segment=new_segment_id(),
@@ -633,41 +637,6 @@ class KVDB:
                 else:
                     files.close(fd)
         return self._workspace
-
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How a handle was opened; see `KVDB.open`."""
-
-    mode: Mode
-    salt: str = ""
-    read_mode: str = "mmap"
-    verify: str = "first"
-    durability: str = "commit"
-    min_free: int = 0
-    retention: str = "lru"
-    grace_s: float = 0.0
-    lock_timeout_s: float = 30.0
-    lock: bool = True
-
-    def __post_init__(self) -> None:
-        for option, allowed in (
-            ("mode", _MODES),
-            ("read_mode", sorted(READERS)),
-            ("verify", VERIFY),
-            ("durability", DURABILITY),
-            ("retention", sorted(RETENTION)),
-        ):
-            if getattr(self, option) not in allowed:
-                raise InvalidInput(f"KVDB.open: {option} is {getattr(self, option)!r}, expected one of {list(allowed)}")
-        for option in ("grace_s", "lock_timeout_s"):
-            if not getattr(self, option) >= 0:
-                raise InvalidInput(f"KVDB.open: {option} is {getattr(self, option)!r}, expected seconds, 0 or more")
-        if sys.platform not in ("linux", "darwin"):
-            raise Unsupported(
-                f"KVDB.open: platform {sys.platform!r}, expected Linux or macOS; stores need flock and fsync"
-            )
-        if sys.platform == "darwin" and self.read_mode != "pread":
-            raise Unsupported("KVDB.open: read_mode 'mmap' on macOS, expected 'pread' there")
 
 
 def _make_ready(root: Path, mode: Mode) -> None:

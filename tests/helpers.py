@@ -21,9 +21,9 @@ import kvdb
 from kvdb import EXACT, KVDB, Geometry, Identity, LayerGroup, Span
 from kvdb.format import from_float32
 from kvdb.geometry import div_ceil
+from kvdb.options import Mode
 from kvdb.reader import Reader
 from kvdb.segments import Segment, SegmentWriter
-from kvdb.store import Mode
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

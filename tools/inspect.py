@@ -1,10 +1,12 @@
-"""`kvdb ls`, `info`, `verify`, `rm`: what is in a store, and whether it is whole. No model is needed for any of them."""
+"""`kvdb ls`, `info`, `verify`: what is in a store, and whether it is whole. No model is needed for any of them, and none
+changes anything."""
 
 from __future__ import annotations
 
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich import box
@@ -12,20 +14,32 @@ from rich.table import Table
 from rich.text import Text
 
 from kvdb.entries import Sequence
-from kvdb.errors import Damaged, StoreNotFound
+from kvdb.errors import Damaged, OlderFormat, Problem, StoreNotFound
 from kvdb.store import KVDB, Mode
-from kvdb.tools.output import PROBLEM, print_json, stderr_console, stdout_console, visible
-from kvdb.tools.sizes import age_text, bytes_text
+from kvdb.tools.output import PROBLEM, print_json, print_problems, problems_json, stdout_console, visible, working
+from kvdb.tools.sizes import age_text, bytes_text, count_text, left_text
 
 KEY_SHOWN = 8
-"""Characters of a key in a list: `kvdb rm` takes any unique beginning of four or more."""
+"""Characters of a key in a list: commands take any unique beginning of four or more."""
+
+
+def open_store(store: Path, mode: Mode, **options: Any) -> KVDB:
+    """A store that must be there; errors say which command helps."""
+    try:
+        return KVDB.open(store, mode, **options)
+    except StoreNotFound:
+        raise StoreNotFound(f"{store}: no store there, expected one; 'kvdb ask' creates it") from None
+    except OlderFormat as e:
+        raise OlderFormat(f"{str(e).rpartition(';')[0]}; 'kvdb gc {store}' upgrades it") from None
 
 
 def list_sequences(store: Path, *, as_json: bool) -> int:
     """All sequences, oldest first."""
-    with _open(store, "r") as db:
+    with open_store(store, "r") as db:
         found = [(sequence, _kv_bytes(db, sequence)) for sequence in db.sequences()]
         shared = db.info()["kv_bytes"]
+        with db.catalog.begin() as txn:
+            now = txn.now()  # store time, as in the entries
     if as_json:
         print_json({"store": str(store), "sequences": [_described(*each) for each in found]})
         return 0
@@ -41,7 +55,8 @@ def list_sequences(store: Path, *, as_json: bool) -> int:
     table.add_column("FIDELITY", overflow="fold")
     table.add_column("MODEL", overflow="fold")
     table.add_column("USED", no_wrap=True)
-    now = time.time()
+    table.add_column("HITS", justify="right", no_wrap=True)
+    table.add_column("EXPIRES", no_wrap=True)
     for sequence, kv_bytes in found:
         table.add_row(
             Text(visible(sequence.name), style="bold") if sequence.name else Text("-", style="dim"),
@@ -51,17 +66,28 @@ def list_sequences(store: Path, *, as_json: bool) -> int:
             Text(visible(sequence.fidelity)),
             Text(visible(_model_label(sequence.model))),
             age_text(now - sequence.last_used),
+            f"{sequence.hits:,}",
+            _expiry(sequence, now),
         )
     console.print(table)
     console.print(
-        f"{_count(len(found), 'sequence')}, {bytes_text(shared)} of KV on disk; what sequences share is stored once",
+        f"{count_text(len(found), 'sequence')}, {bytes_text(shared)} of KV on disk; what sequences share is stored once",
         style="dim",
     )
     return 0
 
 
+def _expiry(sequence: Sequence, now: float) -> Text:
+    """What keeps a sequence, or until when."""
+    if sequence.pinned:
+        return Text("pinned", style="green")
+    if sequence.expires is not None:
+        return Text(left_text(sequence.expires - now), style="yellow")
+    return Text("-", style="dim")
+
+
 def show_info(store: Path, *, as_json: bool) -> int:
-    with _open(store, "r") as db:
+    with open_store(store, "r") as db:
         info = db.info()
     if as_json:
         print_json(info)
@@ -76,13 +102,16 @@ def show_info(store: Path, *, as_json: bool) -> int:
         ("id", info["store"]),
         ("format", str(info["format"])),
         ("created", f"{created:%Y-%m-%d %H:%M:%S} ({age_text(time.time() - info['created'])})"),
-        ("sequences", f"{info['sequences']:,}"),
+        ("sequences", f"{info['sequences']:,}, of which {info['named']:,} named and {info['pinned']:,} pinned"),
         ("segments", f"{info['segments']:,}"),
         ("tokens", f"{info['tokens']:,}"),
         ("identities", f"{info['identities']:,}  (models, dtypes and salts whose KV is kept apart)"),
         ("KV", bytes_text(info["kv_bytes"])),
         ("on disk", f"{bytes_text(info['disk_bytes'])}, and {bytes_text(info['catalog_bytes'])} of catalog"),
-    ):
+        ("used, all files", f"{bytes_text(info['used_bytes'])} of {cap_text(info['size_cap'])}"),
+        ("written so far", f"{bytes_text(info['bytes_written'])}, of which {bytes_text(info['bytes_compacted'])} by compaction"),
+        ("evicted so far", count_text(info["segments_evicted"], "segment")),
+    ):  # fmt: skip
         grid.add_row(label, Text(value))
     console.print(grid)
     if not info["sequences"]:
@@ -92,60 +121,56 @@ def show_info(store: Path, *, as_json: bool) -> int:
 
 def verify(store: Path, *, as_json: bool) -> int:
     """Read and check every byte; 1 if anything is wrong."""
-    with _open(store, "r") as db, stderr_console().status(f"checking {visible(str(store))}"):
-        started = time.perf_counter()
-        info, problems = db.info(), db.check()
-        seconds = time.perf_counter() - started
-    if as_json:
-        print_json({
-            "store": str(store),
-            "sequences": info["sequences"],
-            "segments": info["segments"],
-            "disk_bytes": info["disk_bytes"],
-            "problems": [{"loc": p.loc, "kind": p.kind, "message": p.message} for p in problems],
-        })  # fmt: skip
-        return PROBLEM if problems else 0
-    console = stdout_console()
-    for problem in problems:
-        console.print(Text.assemble((f"{problem.kind}: ", "bold red"), visible(str(problem))), soft_wrap=True)
-    read = f"{_count(info['sequences'], 'sequence')}, {_count(info['segments'], 'segment')}, {bytes_text(info['disk_bytes'])}"
-    if problems:
-        console.print(Text(f"{_count(len(problems), 'problem')} in {read}", style="red"), soft_wrap=True)
-        return PROBLEM
-    rate = bytes_text(info["disk_bytes"] / seconds) if seconds else ""
-    console.print(Text.assemble(("ok: ", "bold green"), f"no problems in {read} ({rate}/s)"), soft_wrap=True)
-    return 0
-
-
-def remove(store: Path, name_or_key: str, *, as_json: bool) -> int:
-    """Forget one sequence; KV that others share stays."""
-    with _open(store, "r+") as db:
-        sequence = db.sequence(name_or_key)
-        freed = db.delete(sequence.key)
-    if as_json:
-        print_json({"store": str(store), "removed": sequence.key, "name": sequence.name, "freed_bytes": freed})
-    else:
-        shown = visible(sequence.name or sequence.key[:KEY_SHOWN])
-        rest = "" if freed else "; other sequences share all of its KV"
-        stdout_console().print(
-            Text(f"removed {shown} ({sequence.tokens:,} tokens), {bytes_text(freed)} freed{rest}"), soft_wrap=True
-        )
-    return 0
-
-
-def _open(store: Path, mode: Mode) -> KVDB:
     try:
-        return KVDB.open(store, mode)
-    except StoreNotFound:
-        raise StoreNotFound(f"{store}: no store there, expected one; 'kvdb ask' creates it") from None
+        with open_store(store, "r") as db:
+            info = db.info()
+            read = (
+                f"{count_text(info['sequences'], 'sequence')}, {count_text(info['segments'], 'segment')}, "
+                f"{bytes_text(info['disk_bytes'])}"
+            )
+            started = time.perf_counter()
+            with working(f"checking {store}: {read}", interrupted="the check is not complete; nothing was changed"):
+                problems = db.check()
+            seconds = time.perf_counter() - started
+    except Damaged as e:  # the catalog itself: there is no more to look at
+        return _verdict(store, [Problem("catalog", "catalog", str(e))], {}, "the catalog", as_json=as_json)
+    counts = {name: info[name] for name in ("sequences", "segments", "disk_bytes")}
+    rate = f" ({bytes_text(info['disk_bytes'] / seconds)}/s)" if seconds else ""
+    return _verdict(store, problems, counts, read, rate=rate, as_json=as_json)
+
+
+def verify_unknown(store: Path, *, as_json: bool) -> int:
+    """As `verify`, for a store from somebody else: in a process that can do no harm."""
+    from kvdb.untrusted import verify_untrusted
+
+    with working(f"checking {store} in a process of its own", interrupted="the check is not complete"):
+        problems = verify_untrusted(store)
+    return _verdict(store, problems, {}, str(store), as_json=as_json)
+
+
+def _verdict(
+    store: Path, problems: list[Problem], counts: dict[str, int], read: str, *, rate: str = "", as_json: bool
+) -> int:
+    """Tell what was found; returns the exit code."""
+    if as_json:
+        print_json({"store": str(store), **counts, "problems": problems_json(problems)})
+        return PROBLEM if problems else 0
+    print_problems(problems)
+    console = stdout_console()
+    if problems:
+        found = f"{count_text(len(problems), 'problem')} in {visible(read)}; 'kvdb repair' says what can be done"
+        console.print(Text(found, style="red"), soft_wrap=True)
+        return PROBLEM
+    console.print(Text.assemble(("ok: ", "bold green"), f"no problems in {visible(read)}{rate}"), soft_wrap=True)
+    return 0
+
+
+def cap_text(size_cap: int | None) -> str:
+    return "unlimited" if size_cap is None else f"at most {bytes_text(size_cap)}"
 
 
 def _empty(store: Path) -> Text:
     return Text(f'{visible(str(store))} is empty; fill it with: kvdb ask {store} "a question" --document FILE')
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _kv_bytes(db: KVDB, sequence: Sequence) -> int | None:

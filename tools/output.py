@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from rich.console import Console
 from rich.text import Text
 
-from kvdb.errors import Damaged, KVDBError, StorageFull, StoreLocked
+from kvdb.errors import Damaged, KVDBError, Problem, StorageFull, StoreLocked
 
 PROBLEM: Final = 1
 BAD_INPUT: Final = 2
@@ -42,6 +44,29 @@ def visible(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+@contextmanager
+def working(what: str, *, interrupted: str) -> Iterator[None]:
+    """Say on stderr, where that is a terminal, what takes long.
+
+    interrupted  what Ctrl-C leaves behind, as a sentence
+    """
+    with stderr_console().status(Text(visible(what))):
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted(interrupted) from None
+
+
+def print_problems(problems: list[Problem]) -> None:
+    console = stdout_console()
+    for problem in problems:
+        console.print(Text.assemble((f"{problem.kind}: ", "bold red"), visible(str(problem))), soft_wrap=True)
+
+
+def problems_json(problems: list[Problem]) -> list[dict[str, str]]:
+    return [{"loc": p.loc, "kind": p.kind, "message": p.message} for p in problems]
+
+
 def report_error(error: BaseException, *, as_json: bool) -> int:
     """Say what went wrong; returns the exit code."""
     kind, message, code = _described(error)
@@ -60,7 +85,7 @@ def _described(error: BaseException) -> tuple[str, str, int]:
     """(kind, message, exit code)."""
     message = visible(" ".join(str(error).split()))
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", message or "stopped before anything was stored", INTERRUPTED
+        return "interrupted", message or "stopped before anything was changed", INTERRUPTED
     if isinstance(error, KVDBError):
         found = isinstance(error, Damaged | StorageFull | StoreLocked)
         return error.kind, message, PROBLEM if found else BAD_INPUT

@@ -1,10 +1,14 @@
-"""Numbers as people read them: bytes, seconds, ages, shares."""
+"""Numbers as people read and write them: bytes, counts, seconds, ages, shares."""
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
+from kvdb.errors import InvalidInput
+
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def bytes_text(count: float) -> str:
@@ -15,6 +19,23 @@ def bytes_text(count: float) -> str:
     if unit == 0 or value >= 99.95:
         return f"{value:.0f} {_UNITS[unit]}"
     return f"{value:.1f} {_UNITS[unit]}"
+
+
+def count_text(number: int, noun: str) -> str:
+    """0 segments, 1 segment, 1,200 segments."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def parse_seconds(where: str, text: str) -> float:
+    """Seconds of "90s", "30m", "12h" or "7d".
+
+    raises  InvalidInput for anything else, 0 included
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    seconds = float(found[1]) * _DURATIONS[found[2]] if found else 0.0
+    if not seconds > 0:
+        raise InvalidInput(f"{where} {text}: expected a time above 0 such as 90s, 30m, 12h or 7d")
+    return seconds
 
 
 def seconds_text(seconds: float) -> str:
@@ -40,6 +61,15 @@ def age_text(seconds: float) -> str:
     if seconds < 2 * 86400:
         return f"{int(seconds // 3600)} h ago"
     return f"{int(seconds // 86400)} days ago"
+
+
+def left_text(seconds: float) -> str:
+    """expired, in 40 s, in 5 min, in 3 h, in 12 days."""
+    if seconds <= 0:
+        return "expired"
+    if seconds < 60:
+        return f"in {seconds:.0f} s"
+    return "in " + age_text(seconds).removesuffix(" ago")
 
 
 def share_text(share: float) -> str:

@@ -1,0 +1,51 @@
+"""How a store handle is opened: the options of `KVDB.open`, checked."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final, Literal
+
+import msgspec
+
+from kvdb.errors import InvalidInput, Unsupported
+from kvdb.reader import READERS, VERIFY
+from kvdb.retention import RETENTION
+
+Mode = Literal["r", "r+", "a", "w", "w-"]
+_MODES: Final = ("r", "r+", "a", "w", "w-")
+DURABILITY: Final = ("commit", "relaxed")
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How a handle was opened; see `KVDB.open`."""
+
+    mode: Mode
+    salt: str = ""
+    read_mode: str = "mmap"
+    verify: str = "first"
+    durability: str = "commit"
+    min_free: int = 0
+    retention: str = "lru"
+    grace_s: float = 0.0
+    lock_timeout_s: float = 30.0
+    lock: bool = True
+
+    def __post_init__(self) -> None:
+        for option, allowed in (
+            ("mode", _MODES),
+            ("read_mode", sorted(READERS)),
+            ("verify", VERIFY),
+            ("durability", DURABILITY),
+            ("retention", sorted(RETENTION)),
+        ):
+            if getattr(self, option) not in allowed:
+                raise InvalidInput(f"KVDB.open: {option} is {getattr(self, option)!r}, expected one of {list(allowed)}")
+        for option in ("grace_s", "lock_timeout_s"):
+            if not getattr(self, option) >= 0:
+                raise InvalidInput(f"KVDB.open: {option} is {getattr(self, option)!r}, expected seconds, 0 or more")
+        if sys.platform not in ("linux", "darwin"):
+            raise Unsupported(
+                f"KVDB.open: platform {sys.platform!r}, expected Linux or macOS; stores need flock and fsync"
+            )
+        if sys.platform == "darwin" and self.read_mode != "pread":
+            raise Unsupported("KVDB.open: read_mode 'mmap' on macOS, expected 'pread' there")

@@ -1,0 +1,179 @@
+"""`kvdb rm`, `pin`, `evict`, `cap`, `gc`, `compact`, `repair`, `export`, `import`: what changes a store, or moves what is in it.
+
+What a command frees is free when it returns: commands wait for no grace period. (`compact` is the exception: it may run
+beside readers, so what it replaced goes with a later write or `gc`.) Ctrl-C leaves a whole store.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.text import Text
+
+from kvdb.entries import Sequence
+from kvdb.errors import InvalidInput
+from kvdb.repair import repair as run_repair
+from kvdb.sizes import parse_bytes
+from kvdb.store import KVDB, UNLIMITED
+from kvdb.tools.inspect import KEY_SHOWN, cap_text, open_store
+from kvdb.tools.output import PROBLEM, print_json, print_problems, problems_json, stdout_console, visible, working
+from kvdb.tools.sizes import bytes_text, count_text
+
+
+def remove(store: Path, name_or_key: str, *, as_json: bool) -> int:
+    """Forget one sequence; KV that others share stays."""
+    with open_store(store, "r+", grace_s=0) as db:
+        sequence = db.sequence(name_or_key)
+        freed = db.delete(sequence.key)
+    rest = "" if freed else "; other sequences share all of its KV"
+    return _done(
+        {"store": str(store), "removed": sequence.key, "name": sequence.name, "freed_bytes": freed},
+        f"removed {_label(sequence)} ({count_text(sequence.tokens, 'token')}), {bytes_text(freed)} freed{rest}",
+        as_json=as_json,
+    )
+
+
+def pin(store: Path, name_or_key: str, *, pinned: bool, as_json: bool) -> int:
+    with open_store(store, "r+") as db:
+        sequence = db.sequence(name_or_key)
+        db.pin(sequence.key, pinned)
+    done = "pinned: neither eviction, expiry nor rm takes it" if pinned else "not pinned any more"
+    return _done(
+        {"store": str(store), "sequence": sequence.key, "name": sequence.name, "pinned": pinned},
+        f"{_label(sequence)} is {done}",
+        as_json=as_json,
+    )
+
+
+def evict(store: Path, *, to: str | None, named: bool, as_json: bool) -> int:
+    """Exits 1 when a size was asked for and what must stay takes more."""
+    target = 0 if to is None else parse_bytes("--to", to)
+    with open_store(store, "r+", grace_s=0) as db:
+        before = db.info()["disk_bytes"]
+        lost = db.evict(target, named=named)
+        left = db.info()["disk_bytes"]
+    missed = to is not None and left > target
+    why = f", more than {bytes_text(target)}: the rest is {'' if named else 'named or '}pinned" if missed else ""
+    return _done(
+        {"store": str(store), "lost_kv": [s.key for s in lost], "freed_bytes": before - left, "disk_bytes": left},
+        f"{count_text(len(lost), 'sequence')} lost KV, {bytes_text(before - left)} freed, {bytes_text(left)} left{why}",
+        as_json=as_json,
+        code=PROBLEM if missed else 0,
+    )
+
+
+def cap(store: Path, size: str | None, *, as_json: bool) -> int:
+    """Set the size cap, or show it; exits 1 when what must stay takes more."""
+    wanted = size if size in (None, UNLIMITED) else parse_bytes("SIZE", size)
+    with open_store(store, "r" if wanted is None else "r+", grace_s=0) as db:
+        if wanted is not None:
+            db.set_size_cap(wanted)
+        info = db.info()
+    used, size_cap = info["used_bytes"], info["size_cap"]
+    over = size_cap is not None and used > size_cap
+    why = "; what is left is named, pinned or the store's own: remove sequences or raise the cap" if over else ""
+    return _done(
+        {"store": str(store), "size_cap": size_cap, "used_bytes": used},
+        f"{bytes_text(used)} used of {cap_text(size_cap)}{why}",
+        as_json=as_json,
+        code=PROBLEM if over else 0,
+    )
+
+
+def gc(store: Path, *, as_json: bool) -> int:
+    with open_store(store, "r+", grace_s=0) as db:
+        freed = db.gc()
+    return _done({"store": str(store), "freed_bytes": freed}, f"{bytes_text(freed)} freed", as_json=as_json)
+
+
+def compact(store: Path, name_or_key: str | None, *, as_json: bool) -> int:
+    with open_store(store, "r+") as db:
+        before = db.info()
+        what = f"merging segments of {store}: {count_text(before['segments'], 'segment')}, {bytes_text(before['disk_bytes'])}"
+        with working(what, interrupted="what was merged so far stays; the same command goes on from there"):
+            saved = db.compact(name_or_key)
+        after = db.info()
+    copied = after["bytes_compacted"] - before["bytes_compacted"]
+    return _done(
+        {"store": str(store), "segments_saved": saved, "segments": after["segments"], "copied_bytes": copied},
+        f"{count_text(before['segments'], 'segment')} before, {after['segments']:,} now; {bytes_text(copied)} copied",
+        as_json=as_json,
+    )
+
+
+def repair(store: Path, *, apply: bool, rebuild: bool, as_json: bool) -> int:
+    """Exits 1 when a dry run found problems, or when some remain."""
+    left = "repair it again with the same command" if apply else "nothing was changed"
+    with working(f"{'repairing' if apply else 'checking'} {store}", interrupted=f"repair did not end; {left}"):
+        report = run_repair(store, apply=apply, rebuild=rebuild)
+    unsolved = report.remaining if report.remaining is not None else report.problems
+    if as_json:
+        print_json({
+            "store": str(store),
+            "applied": report.applied,
+            "problems": problems_json(report.problems),
+            "actions": report.actions,
+            "remaining": None if report.remaining is None else problems_json(report.remaining),
+        })  # fmt: skip
+        return PROBLEM if unsolved else 0
+    console = stdout_console()
+    print_problems(report.problems)
+    for action in report.actions:
+        console.print(
+            Text.assemble(("done: " if apply else "would: ", "bold"), visible(" ".join(action.split()))), soft_wrap=True
+        )
+    if report.remaining:
+        console.print(Text("still there:", style="red"))
+        print_problems(report.remaining)
+    found = count_text(len(report.problems), "problem")
+    if unsolved:
+        advice = "mend what is left by hand, or with --rebuild" if apply else f"do it with: kvdb repair {store} --apply"
+        console.print(Text(f"{found} found, {count_text(len(unsolved), 'problem')} left; {visible(advice)}", style="red"), soft_wrap=True)  # fmt: skip
+        return PROBLEM
+    kept = f"; what was taken out lies in {store / 'quarantine'}" if apply and report.actions else ""
+    console.print(Text.assemble(("ok: ", "bold green"), f"{found} found, none left{visible(kept)}"), soft_wrap=True)
+    return 0
+
+
+def export_sequence(store: Path, name_or_key: str, target: Path, *, as_json: bool) -> int:
+    if os.path.lexists(target):
+        raise InvalidInput(f"{target}: exists, expected a new file; choose another name")
+    if not target.absolute().parent.is_dir():
+        raise InvalidInput(f"{target}: no folder {target.absolute().parent}, expected an existing one")
+    with open_store(store, "r") as db:
+        sequence = db.sequence(name_or_key)
+        with working(f"exporting {_label(sequence)} to {target}", interrupted=f"{target} was not written"):
+            written = db.export_sequence(sequence.key, target)
+    return _done(
+        {"store": str(store), "sequence": sequence.key, "file": str(target), "bytes": written},
+        f"{_label(sequence)} ({count_text(sequence.tokens, 'token')}) is in {visible(str(target))}, {bytes_text(written)}; "
+        "it is as sensitive as the prompt it was made from",
+        as_json=as_json,
+    )
+
+
+def import_sequence(store: Path, source: Path, *, name: str | None, as_json: bool) -> int:
+    if not source.is_file():
+        raise InvalidInput(f"{source}: no file there, expected one that 'kvdb export' wrote")
+    what = f"importing {source}: {bytes_text(source.stat().st_size)}"
+    with KVDB.open(store) as db, working(what, interrupted="nothing was imported"):
+        sequence = db.sequence(db.import_sequence(source, name=name))
+    return _done(
+        {"store": str(store), "sequence": sequence.key, "name": sequence.name, "tokens": sequence.tokens},
+        f"{_label(sequence)} ({count_text(sequence.tokens, 'token')}) is in {visible(str(store))}",
+        as_json=as_json,
+    )
+
+
+def _label(sequence: Sequence) -> str:
+    return visible(sequence.name or sequence.key[:KEY_SHOWN])
+
+
+def _done(described: dict[str, object], line: str, *, as_json: bool, code: int = 0) -> int:
+    """Tell what was done, as JSON or as one line; returns the exit code."""
+    if as_json:
+        print_json(described)
+    else:
+        stdout_console().print(Text(line, style="red" if code else ""), soft_wrap=True)
+    return code
