@@ -1,4 +1,5 @@
 # make demo | test | bench | nightly | lint | format | clean        (needs python >= 3.11 with venv)
+# nightly: all tests with the full counts of the fault campaigns; hours.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -38,7 +39,7 @@ bench: $(STAMP)
 	$(BIN)/python -m kvdb.tools.bench.all
 
 nightly: $(STAMP) $(MODELS)
-	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --timeout=14400
 
 lint: $(STAMP) types
 	$(BIN)/ruff check

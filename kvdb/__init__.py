@@ -16,7 +16,7 @@ from kvdb.store import KVDB, Match
 
 logging.getLogger("kvdb").addHandler(logging.NullHandler())
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EXACT", "KVDB", "Geometry", "Identity", "KVDBError", "LayerGroup", "Match", "Problem", "Sequence", "Span",
 ]  # fmt: skip

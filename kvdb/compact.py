@@ -1,7 +1,8 @@
 """Compaction: merge the small segments that appended turns leave, so that a long conversation reads as few files.
 
 Only the end of a path is merged: segments that nothing else continues, up to the last one. Rows are copied as they are
-stored, after their digests were compared; a started chunk that the next segment copied is left out. A conversation of n
+stored, after their digests were compared; a started chunk that the next segment copied is left out, and no token is lost: where
+a segment ends in another branch than the next one is on, the run begins after it. A conversation of n
 turns keeps O(log n) segments, and each token is copied O(log n) times. One transaction swaps the spans of every sequence; old ids lead to the new one, so that a cache that is being
 continued elsewhere goes on.
 """
@@ -32,7 +33,7 @@ def compact(db: KVDB, name_or_key: str | None) -> int:
         wanted = txn.sequences() if name_or_key is None else [txn.sequence(name_or_key)]
         segments = txn.segments()
     saved = 0
-    for run in {tuple(plan(segments, s.spans)) for s in wanted}:
+    for run in dict.fromkeys(tuple(plan(segments, s.spans)) for s in wanted):
         with db.catalog.locked():
             saved += _merge(db, list(run))
     return saved
@@ -70,18 +71,17 @@ def _merge(db: KVDB, run: list[str]) -> int:
     if len(run) < 2:
         return 0
     with db.catalog.begin() as txn:
-        segments, sequences = txn.segments(), txn.sequences()
+        segments = txn.segments()
         if not all(segment in segments for segment in run) or not _alone(segments, run):
             return 0  # somebody was faster
         old = [segments[segment] for segment in run]
         stops = [entry.info.start for entry in old[1:]] + [old[-1].info.stop]
         pieces = [(entry, stop - entry.info.start) for entry, stop in zip(old, stops, strict=True)]
         tokens = np.concatenate([txn.tokens(entry.info.segment)[:count] for entry, count in pieces])
-        for i, (entry, count) in enumerate(pieces):
-            used = max((s.spans[-1].stop for s in sequences if s.spans[-1].segment == entry.info.segment), default=0)
-            start = entry.info.start - old[0].info.start
-            if not np.array_equal(txn.tokens(entry.info.segment)[count:used], tokens[start + count : start + used]):
-                return _merge(db, run[i + 1 :])  # a sequence ends here in a branch that the next segment is not on
+        for i, entry in enumerate(old):
+            own, start = txn.tokens(entry.info.segment), entry.info.start - old[0].info.start
+            if not np.array_equal(own, tokens[start : start + len(own)]):
+                return _merge(db, run[i + 1 :])  # its end is another branch, which the merged segment would not hold
         identity = txn.identity(old[0].info.identity)
     first = old[0].info
     if identity is None:

@@ -166,11 +166,8 @@ def record_digests(segment: str, first_record: int, rows: np.ndarray[Any, np.dty
     rows          (n, row_bytes) uint8, contiguous
     returns       (n,) little-endian u64
     """
-    seed = place_seed(segment) + first_record
-    out = np.empty(len(rows), "<u8")
-    for i, row in enumerate(rows):
-        out[i] = xxhash.xxh3_64_intdigest(row, seed=(seed + i) & _ABSENT)
-    return out
+    seed, digest = place_seed(segment) + first_record, xxhash.xxh3_64_intdigest
+    return np.array([digest(row, (seed + i) & _ABSENT) for i, row in enumerate(rows)], "<u8")
 
 
 def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: Codec, sections: Sections) -> bytes:

@@ -65,6 +65,8 @@ def repair(path: Path, *, apply: bool = False, rebuild: bool = False) -> Repair:
     report = Repair(applied=apply, problems=problems, actions=[])
     if rebuild or any(p.kind not in FILE_KINDS + _LITTER for p in problems):
         _rebuild(path, report)
+        if apply:
+            _mend(path, set(), report)
     else:
         bad = {p.segment for p in problems if p.kind in FILE_KINDS and p.segment is not None}
         if bad or problems:

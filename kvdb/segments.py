@@ -192,13 +192,13 @@ class SegmentWriter:
                 f"layer {layer}: {tokens} tokens after {done}, expected a whole number of chunks before them and at "
                 f"most {self.capacity_tokens} in all"
             )
-        chunks = geometry.chunks(tokens)
-        records = np.zeros((chunks, g.kv_heads, 2, ct, g.head_dim), geometry.storage_dtype)
+        chunks, (full, rest) = geometry.chunks(tokens), divmod(tokens, ct)
+        records = np.empty((chunks, g.kv_heads, 2, ct, g.head_dim), geometry.storage_dtype)
         by_token = records.transpose(1, 2, 0, 3, 4)  # [kv_heads, 2, chunks, chunk_tokens, head_dim]
-        padded = np.zeros((g.kv_heads, chunks * ct, g.head_dim), geometry.storage_dtype)
         for kv, plane in enumerate((keys, values)):
-            padded[:, :tokens] = plane
-            by_token[:, kv] = padded.reshape(g.kv_heads, chunks, ct, g.head_dim)
+            by_token[:, kv, :full] = plane[:, : full * ct].reshape(g.kv_heads, full, ct, g.head_dim)
+            by_token[:, kv, full:, :rest] = plane[:, None, full * ct :]
+            by_token[:, kv, full:, rest:] = 0
         rows = self.codec.encode(records.reshape(chunks * g.kv_heads, 2, ct, g.head_dim))
         exact_keys = format.as_float32(by_token[:, 0], geometry.dtype)
         built = {name: ABSTRACTS[name].build(exact_keys, tokens) for name in self.info.abstracts}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -37,10 +37,25 @@ class Evicted(NamedTuple):
 
 
 class Space:
-    """floor: bytes of the file system to leave free; grace_s: how long deleted arrays stay readable."""
+    """Room of one handle.
 
-    def __init__(self, root: Path, catalog: Catalog, *, floor: int, grace_s: float, retention: Retention) -> None:
+    floor    bytes of the file system to leave free
+    grace_s  how long deleted arrays stay readable
+    settle   writes down what the handle has used, before anything goes for not being used
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        catalog: Catalog,
+        *,
+        floor: int,
+        grace_s: float,
+        retention: Retention,
+        settle: Callable[[Transaction], None],
+    ) -> None:
         self.root, self.catalog, self.floor, self.grace_s, self.retention = root, catalog, floor, grace_s, retention
+        self._settle = settle
 
     # -- measuring
 
@@ -110,6 +125,7 @@ class Space:
         named  take named sequences too, whole (never pinned ones)
         """
         with self.catalog.freeing(), self.catalog.begin(write=True) as txn:
+            self._settle(txn)
             gone, sequences = expire(txn)
             freed = sum(entry.disk_bytes for entry in gone)
             if freed < wanted:

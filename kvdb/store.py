@@ -97,6 +97,7 @@ class KVDB:
                 floor=options.min_free,
                 grace_s=options.grace_s,
                 retention=RETENTION[options.retention],
+                settle=self._note_use,
             )
             if not self.readonly:
                 self._tidy()
@@ -151,6 +152,8 @@ class KVDB:
             grace_s=grace_s,
             lock_timeout_s=lock_timeout_s,
         )
+        if size_cap not in (None, UNLIMITED):
+            size_cap = parse_bytes("KVDB.open: size_cap", size_cap)
         root = Path(path)
         _make_ready(root, mode)
         header = folder.read_header(root)
@@ -615,10 +618,14 @@ class KVDB:
         For the engine's own modules."""
         self.own_workspace()
         with self.catalog.begin(write=True) as txn:
-            used, self._used = self._used, {}
-            for segment, hits in used.items():
-                txn.used([segment], hits=hits)
+            self._note_use(txn)
             yield txn
+
+    def _note_use(self, txn: Transaction) -> None:
+        """Write down what was touched since the last write."""
+        used, self._used = self._used, {}
+        for segment, hits in used.items():
+            txn.used([segment], hits=hits)
 
     def own_workspace(self) -> Path:
         """This handle's folder in tmp/, made at its first write. For the engine's own modules."""
