@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from kvdb import files, manifests
-from kvdb.environment import DATA, Environment, environment
+from kvdb.environment import DATA, Environment, environment, leave
 from kvdb.errors import Damaged, StorageFull, StoreError, StoreLocked
 from kvdb.lock import WriteLock
 from kvdb.transaction import Transaction
@@ -84,7 +84,8 @@ class Catalog:
 
     @contextlib.contextmanager
     def begin(self, *, write: bool = False) -> Iterator[Transaction]:
-        """A transaction: committed (and synced) when the block ends well, else aborted.
+        """A transaction: committed when the block ends well, else aborted. On disk when this returns, unless the catalog is
+        relaxed; where files go afterwards it is on disk even then: entries that come back must find them.
 
         raises  StoreLocked, StorageFull, Damaged
         """
@@ -93,15 +94,19 @@ class Catalog:
             with env.transaction(write=False) as raw:
                 yield Transaction(env, raw)
             return
-        with self._lock.held():
-            with contextlib.ExitStack() as after, env.transaction(write=True) as raw:
+        with self._lock.held(), contextlib.ExitStack() as after:
+            with env.transaction(write=True) as raw:
                 txn = Transaction(env, raw, writing=True)
                 yield txn
                 txn.finish_writing()
                 if self._names is not None:
                     after.enter_context(manifests.following(self._names, txn.manifests))
-            if self._durable and not env.durable:  # another handle of this process opened it relaxed
+            if not env.durable and (self._durable or txn.takes_away):
                 env.sync()
+
+    def check_structure(self) -> None:
+        """Raises Damaged when LMDB's own pages are not what it expects them to be: as of opening, this is checked again."""
+        self._environment().check_structure()
 
     def sync(self) -> None:
         """Force to disk what was committed without."""
@@ -110,22 +115,30 @@ class Catalog:
     @contextlib.contextmanager
     def freeing(self) -> Iterator[None]:
         """For deletions: what they need on a full disk is there. The ballast is dropped when free space is short, and put
-        back when there is room again."""
+        back at once, also when nothing could be freed: others would take its room."""
         ballast = self.path / _BALLAST
         if files.free_bytes(self.path) < 4 * BALLAST_BYTES:
             files.unlink(ballast)
-        yield
-        self.ballast()
+        try:
+            yield
+        finally:
+            self.ballast()
 
     def ballast(self) -> None:
         """Put the ballast in its place if there is room for it."""
         ballast = self.path / _BALLAST
-        if not ballast.exists() and files.free_bytes(self.path) > 4 * BALLAST_BYTES:
-            with contextlib.suppress(StorageFull, FileExistsError):
+        if not ballast.exists() and files.free_bytes(self.path) > BALLAST_BYTES:
+            try:
                 files.write_new(ballast, os.urandom(BALLAST_BYTES))
+            except FileExistsError:
+                pass
+            except StorageFull:
+                files.unlink(ballast)
 
     def file_bytes(self) -> int:
         return files.tree_bytes(self.path)
 
     def close(self) -> None:
-        self._env = None
+        if self._env is not None:
+            leave(self._env)
+            self._env = None

@@ -33,10 +33,15 @@ from kvdb.transaction import Transaction
 
 def check_store(root: Path, catalog: Catalog) -> Iterator[Problem]:
     """Yield the problems of the store at `root`. Zero case: nothing is yielded."""
-    with catalog.begin() as txn:
-        found = list(_check_catalog(txn))
-        segments = _readable_segments(txn)
-        views = [(e, _identity(txn, e.info.identity), _tokens(txn, e.info.segment)) for e in segments.values()]
+    try:
+        catalog.check_structure()
+        with catalog.begin() as txn:
+            found = list(_check_catalog(txn))
+            segments = _readable_segments(txn)
+            views = [(e, _identity(txn, e.info.identity), _tokens(txn, e.info.segment)) for e in segments.values()]
+    except Damaged as e:
+        yield Problem("catalog", "catalog", str(e))
+        return
     yield from found
     for entry, identity, tokens in views:
         problems = list(check_files(root / "chunks", entry, identity, tokens))
@@ -74,7 +79,7 @@ def _check_leftovers(root: Path, txn: Transaction) -> Iterator[Problem]:
     for name in sorted(wanted.keys() | set(files.list_dir(root / manifests.NAMES))):
         if name not in wanted:
             yield Problem(f"manifest {name}", "orphan", "no named sequence has this key, expected none left over")
-        elif name not in there or there[name].spans != wanted[name].spans:
+        elif name not in there or not manifests.agree(there[name], wanted[name]):
             yield Problem(
                 f"sequence {wanted[name].name}", "manifest", "its manifest is missing or differs, expected it"
             )

@@ -7,6 +7,7 @@ than the one before. Store time begins as wall-clock time and is shown as such.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import msgspec
@@ -29,8 +30,8 @@ def read(previous: Reading | None, now: Moment) -> Reading:
     """Store time now, given the last reading; strictly later than that."""
     if previous is None:
         time = now.wall
-    elif now.boot == previous.boot and now.uptime >= previous.uptime:
-        time = previous.time + max(now.uptime - previous.uptime, _STEP)
     else:
-        time = previous.time + max(now.wall - previous.wall, _STEP)
+        same_boot = now.boot == previous.boot and now.uptime >= previous.uptime
+        passed = now.uptime - previous.uptime if same_boot else now.wall - previous.wall
+        time = max(previous.time + passed, previous.time + _STEP, math.nextafter(previous.time, math.inf))
     return Reading(time=time, wall=now.wall, boot=now.boot, uptime=now.uptime)

@@ -152,7 +152,7 @@ def decode(table: str, key: bytes, value: bytes, kind: type[_T]) -> _T:
     """raises  Damaged"""
     try:
         return msgspec.msgpack.decode(value, type=kind)
-    except msgspec.MsgspecError as e:
+    except (ValueError, RecursionError) as e:
         raise Damaged(
             f"catalog table {table}, entry {key.hex()}: {e}, expected a {getattr(kind, '__name__', kind)}; run 'kvdb repair'"
         ) from e

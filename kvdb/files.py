@@ -32,7 +32,8 @@ _POPULATE_READ: Final = 22  # MADV_POPULATE_READ, Linux 5.14: an error instead o
 
 
 @contextlib.contextmanager
-def _translated(path: str | Path) -> Iterator[None]:
+def translated(path: str | Path) -> Iterator[None]:
+    """For what writes to a file of its own accord, too."""
     try:
         yield
     except OSError as e:
@@ -40,12 +41,21 @@ def _translated(path: str | Path) -> Iterator[None]:
             raise StorageFull(
                 f"{path}: {e.strerror}, expected room to write; nothing was committed, free space and try again"
             ) from e
+        if e.filename is None:
+            e.filename = str(path)
         raise
+
+
+def _name(error: OSError, fd: int) -> None:
+    """Give an error of a call that knows only a descriptor its path."""
+    if error.filename is None:
+        with contextlib.suppress(OSError):
+            error.filename = os.readlink(f"/proc/self/fd/{fd}")
 
 
 def open_excl(path: Path) -> int:
     """Create a file that must not exist, for reading and writing, private under any umask."""
-    with _translated(path):
+    with translated(path):
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, FILE_MODE)
         os.fchmod(fd, FILE_MODE)
         return fd
@@ -53,16 +63,21 @@ def open_excl(path: Path) -> int:
 
 def open_read(path: Path) -> int:
     """Open a regular file. A symbolic link, a device or a pipe in its place is Damaged: none is followed or waited for."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as e:
-        if e.errno in (errno.ELOOP, errno.ENXIO):
-            raise Damaged(f"{path}: {e.strerror}, expected a regular file; run 'kvdb verify'") from e
-        raise
+    fd = _open_as_it_is(path, os.O_RDONLY)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise Damaged(f"{path}: not a regular file, expected one; run 'kvdb verify'")
     return fd
+
+
+def _open_as_it_is(path: Path, access: int) -> int:
+    """Follow no symbolic link and wait for no pipe."""
+    try:
+        return os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, FILE_MODE)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENXIO):
+            raise Damaged(f"{path}: {e.strerror}, expected a regular file; run 'kvdb verify'") from e
+        raise
 
 
 def close(fd: int) -> None:
@@ -72,7 +87,7 @@ def close(fd: int) -> None:
 def write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
     """Write every byte at `offset`; short writes are continued."""
     view = memoryview(data).cast("B")
-    with _translated(path):
+    with translated(path):
         while view:
             n = os.pwrite(fd, view, offset)
             view, offset = view[n:], offset + n
@@ -80,19 +95,19 @@ def write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> Non
 
 def truncate(fd: int, size: int, path: Path) -> None:
     """Set the size of a file still being written. Committed files are never truncated."""
-    with _translated(path):
+    with translated(path):
         os.ftruncate(fd, size)
 
 
 def extend(path: Path, size: int, *, at_least: int) -> None:
     """Give a file of less than `at_least` bytes a sparse tail up to `size`; never cuts."""
     if os.stat(path).st_size < at_least:
-        with _translated(path):
+        with translated(path):
             os.truncate(path, size)
 
 
 def fsync(fd: int, path: Path) -> None:
-    with _translated(path):
+    with translated(path):
         if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone does not reach the platter
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
         else:
@@ -100,7 +115,7 @@ def fsync(fd: int, path: Path) -> None:
 
 
 def fsync_dir(path: Path) -> None:
-    with _translated(path):
+    with translated(path):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fsync(fd, path)
@@ -124,13 +139,13 @@ def _fsync_path(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    with _translated(target):
+    with translated(target):
         os.rename(source, target)
 
 
 def link(source: Path, target: Path) -> None:
     """A second name for a file; raises FileExistsError where the name is taken."""
-    with _translated(target):
+    with translated(target):
         os.link(source, target)
 
 
@@ -142,12 +157,13 @@ def unlink(path: Path) -> None:
 
 def mark_now(path: Path) -> None:
     """Set a folder's modification time to now."""
-    os.utime(path)
+    with translated(path):
+        os.utime(path, follow_symlinks=False)
 
 
 def mkdir(path: Path, *, exist_ok: bool = False) -> None:
     """One folder, private under any umask."""
-    with _translated(path):
+    with translated(path):
         try:
             os.mkdir(path, FOLDER_MODE)
         except FileExistsError:
@@ -155,6 +171,15 @@ def mkdir(path: Path, *, exist_ok: bool = False) -> None:
                 raise
             return
         os.chmod(path, FOLDER_MODE)
+
+
+def make_parents(path: Path) -> None:
+    """The folders that lead to `path`, where they are missing, durably; with the modes that the umask leaves them."""
+    missing = [parent for parent in path.absolute().parents if not parent.exists()]
+    for parent in reversed(missing):
+        with translated(parent):
+            parent.mkdir(exist_ok=True)
+        fsync_dir(parent.parent)
 
 
 def remove_tree(path: Path) -> None:
@@ -168,6 +193,23 @@ def remove_tree(path: Path) -> None:
         os.rmdir(path)
 
 
+def is_folder_or_nothing(path: Path) -> bool:
+    """Whether there is a folder at `path` or nothing; a symbolic link is neither."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+
+
+def is_own_file_or_nothing(path: Path) -> bool:
+    """Whether there is nothing at `path` or a regular file without a second name; a symbolic link is neither."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return True
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+
+
 def list_dir(path: Path) -> list[str]:
     return sorted(os.listdir(path))
 
@@ -179,33 +221,47 @@ def read_file(path: Path, *, limit: int = 16 << 20) -> bytes:
     """
     fd = open_read(path)
     try:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise Damaged(f"{path}: {size} bytes, expected at most {limit}; run 'kvdb verify'")
-        return pread(fd, size, 0)
+        return read_all(fd, path, limit=limit)
     finally:
         os.close(fd)
+
+
+def read_all(fd: int, path: Path, *, limit: int = 16 << 20) -> bytes:
+    """As `read_file`, of a file that is open."""
+    size = file_size(fd)
+    if size > limit:
+        raise Damaged(f"{path}: {size} bytes, expected at most {limit}; run 'kvdb verify'")
+    return pread(fd, size, 0)
 
 
 def pread(fd: int, count: int, offset: int) -> bytes:
     """Up to `count` bytes; fewer only at the end of the file."""
     parts = []
-    while count:
-        part = os.pread(fd, count, offset)
-        if not part:
-            break
-        parts.append(part)
-        count, offset = count - len(part), offset + len(part)
+    try:
+        while count and (part := os.pread(fd, count, offset)):
+            parts.append(part)
+            count, offset = count - len(part), offset + len(part)
+    except OSError as e:
+        _name(e, fd)
+        raise
     return b"".join(parts)
 
 
 def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
-    return os.preadv(fd, buffers, offset)
+    try:
+        return os.preadv(fd, buffers, offset)
+    except OSError as e:
+        _name(e, fd)
+        raise
 
 
 def mmap(fd: int, size: int) -> _mmap.mmap:
     """A shared read-only map: writes through the descriptor show up in it, writes through the map are impossible."""
-    return _mmap.mmap(fd, size, flags=_mmap.MAP_SHARED, prot=_mmap.PROT_READ)
+    try:
+        return _mmap.mmap(fd, size, flags=_mmap.MAP_SHARED, prot=_mmap.PROT_READ)
+    except OSError as e:
+        _name(e, fd)
+        raise
 
 
 def resident_pages(map_: _mmap.mmap) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -220,7 +276,11 @@ def resident_pages(map_: _mmap.mmap) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def file_size(fd: int) -> int:
-    return os.fstat(fd).st_size
+    try:
+        return os.fstat(fd).st_size
+    except OSError as e:
+        _name(e, fd)
+        raise
 
 
 def populate(map_: _mmap.mmap, offset: int, length: int) -> None:
@@ -307,13 +367,14 @@ def open_stream(path: Path) -> BinaryIO:
 
 
 def lock(path: Path, *, timeout_s: float, create: bool = True, shared: bool = False) -> int:
-    """Take a `flock` and return its descriptor; closing it (or dying) releases it.
+    """Take a `flock` on a file, or on a folder with `create=False`, and return its descriptor; closing it (or dying)
+    releases it.
 
-    raises  StoreLocked after `timeout_s` seconds
+    raises  StoreLocked after `timeout_s` seconds; Damaged for a symbolic link, a device or a pipe
     """
-    with _translated(path):
-        access = os.O_RDONLY if shared else os.O_RDWR
-        fd = os.open(path, access | os.O_CLOEXEC | (os.O_CREAT if create else 0), FILE_MODE)
+    access = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
+    with translated(path):
+        fd = _open_as_it_is(path, access)
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline, pause = time.monotonic() + timeout_s, 0.0005
     try:
@@ -332,3 +393,9 @@ def lock(path: Path, *, timeout_s: float, create: bool = True, shared: bool = Fa
     except BaseException:
         os.close(fd)
         raise
+
+
+def unlock(fd: int) -> None:
+    """Give a lock back even where a forked child still has its descriptor."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)

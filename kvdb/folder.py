@@ -22,11 +22,11 @@ import msgspec
 from kvdb import files, format, manifests
 from kvdb.catalog import Catalog
 from kvdb.codecs import Raw
-from kvdb.errors import Damaged, NewerFormat, NotAStore, StoreLocked
+from kvdb.errors import Damaged, NewerFormat, NotAStore, StoreError, StoreLocked
 from kvdb.format import FORMAT_VERSION
 from kvdb.geometry import CHUNK_TOKENS
 
-_HEADER: Final = "kvdb.json"
+HEADER: Final = "kvdb.json"
 _PARTS: Final = ("catalog", "chunks", "names", "quarantine", "tmp", "trash")
 
 
@@ -47,38 +47,63 @@ def holds_store(root: Path) -> bool:
     if not root.exists():
         return False
     if not root.is_dir():
-        raise NotAStore(f"{root}: a file, expected a folder with {_HEADER}; choose another path")
-    if (root / _HEADER).exists():
+        raise NotAStore(f"{root}: a file, expected a folder with {HEADER}; choose another path")
+    if (root / HEADER).exists():
         return True
     if not {path.name for path in root.iterdir()} <= set(_PARTS):  # the parts alone: somebody is, or was, creating it
-        raise NotAStore(f"{root}: a folder without {_HEADER}, expected a store or an empty folder; choose another path")
+        raise NotAStore(f"{root}: a folder without {HEADER}, expected a store or an empty folder; choose another path")
     return False
 
 
 def create(root: Path) -> None:
-    """Make an empty store. kvdb.json comes last: a folder without it is no store yet.
+    """Make an empty store. kvdb.json comes last, when all else is on disk: a folder without it is no store yet.
 
-    Two processes that create the same store at once both succeed: the first header wins.
+    Of two processes that create the same store at once, the second finds it made.
     """
-    root.parent.mkdir(parents=True, exist_ok=True)
+    files.make_parents(root)
     files.mkdir(root, exist_ok=True)
-    make_parts(root)
-    with contextlib.suppress(FileExistsError):
+    making = files.lock(root, timeout_s=30, create=False)
+    try:
+        if (root / HEADER).exists():
+            return
+        _clear(root)
+        make_parts(root)
         files.write_new(root / "chunks" / format.METADATA_KEY, format.group_metadata())
-    Catalog(root / "catalog", readonly=False, create=True).close()
-    header = Header(
+        Catalog(root / "catalog", readonly=False, create=True).close()
+        for part in _PARTS:
+            files.fsync_dir(root / part)
+        replace_header(root, new_header())
+        force(root)
+    finally:
+        files.close(making)
+
+
+def _clear(root: Path) -> None:
+    """Remove what a creation that failed has left: it may be half written.
+
+    raises  Damaged when it was a store: there is KV
+    """
+    chunks = root / "chunks"
+    if chunks.is_dir() and set(files.list_dir(chunks)) - {format.METADATA_KEY}:
+        raise Damaged(f"{root}: no {HEADER}, but KV in chunks/, expected both; run 'kvdb repair --apply'")
+    for part in ("catalog", "chunks", "names", "tmp"):
+        files.remove_tree(root / part)
+
+
+def new_header() -> Header:
+    return Header(
         format=FORMAT_VERSION,
         store=os.urandom(16).hex(),
         created=files.now(),
         chunk_tokens=CHUNK_TOKENS,
         codec=Raw.name,
     )
-    draft = _draft(root, header)
-    with contextlib.suppress(FileExistsError, FileNotFoundError):  # another header won, and its opener may have swept
-        files.link(draft, root / _HEADER)
-    files.unlink(draft)
-    for folder in (root / "chunks", root / "catalog", root, root.parent):
-        files.fsync_dir(folder)
+
+
+def force(root: Path) -> None:
+    """Have the store's own entries on disk: its maker may have died before it could."""
+    files.fsync_dir(root)
+    files.fsync_dir(root.absolute().parent)
 
 
 def make_parts(root: Path) -> None:
@@ -87,27 +112,26 @@ def make_parts(root: Path) -> None:
         files.mkdir(root / part, exist_ok=True)
 
 
-def _draft(root: Path, header: Header) -> Path:
+def replace_header(root: Path, header: Header) -> None:
     draft = root / "tmp" / f"header-{os.urandom(8).hex()}"
     files.write_new(draft, msgspec.json.format(msgspec.json.encode(header), indent=2) + b"\n")
-    return draft
-
-
-def replace_header(root: Path, header: Header) -> None:
-    files.rename(_draft(root, header), root / _HEADER)
+    files.rename(draft, root / HEADER)
     files.fsync_dir(root)
 
 
 def read_header(root: Path) -> Header:
     """kvdb.json of a store.
 
-    raises  NotAStore, NewerFormat, Damaged
+    raises  NotAStore, NewerFormat, Damaged; StoreError when a folder inside is a link: what lies elsewhere is not the store's
     """
+    for part in _PARTS:
+        if not files.is_folder_or_nothing(root / part):
+            raise StoreError(f"{root / part}: a link or no folder, expected one of the store's own; put it back")
     try:
-        data = files.read_file(root / _HEADER)
+        data = files.read_file(root / HEADER)
     except OSError as e:
         if e.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise NotAStore(f"{root}: no {_HEADER}, expected a store") from e
+            raise NotAStore(f"{root}: no {HEADER}, expected a store") from e
         raise
     try:
         found = msgspec.json.decode(data)["format"]
@@ -116,8 +140,8 @@ def read_header(root: Path) -> Header:
                 f"{root}: store of format {found}, expected at most {FORMAT_VERSION}; upgrade kvdb (nothing was changed)"
             )
         return msgspec.json.decode(data, type=Header)
-    except (msgspec.MsgspecError, KeyError, TypeError) as e:
-        raise Damaged(f"{root / _HEADER}: {e}, expected a KVDB header") from e
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise Damaged(f"{root / HEADER}: {e}, expected a KVDB header") from e
 
 
 def hold(root: Path, *, exclusive: bool) -> int:
@@ -125,7 +149,7 @@ def hold(root: Path, *, exclusive: bool) -> int:
 
     raises  StoreLocked when it is open elsewhere (exclusive) or being replaced (shared)
     """
-    return files.lock(root / _HEADER, timeout_s=0 if exclusive else 5, create=False, shared=not exclusive)
+    return files.lock(root / HEADER, timeout_s=0 if exclusive else 5, create=False, shared=not exclusive)
 
 
 def sweep(root: Path, catalog: Catalog) -> None:
@@ -136,11 +160,11 @@ def sweep(root: Path, catalog: Catalog) -> None:
     it does not name may be all there is.
     """
     died = _sweep_workspaces(root)
-    arrays = len(files.list_dir(root / "chunks")) - 1  # its zarr.json
     with contextlib.suppress(Damaged):
         with catalog.begin() as txn:
-            expected = txn.counters().arrays
-        if not died and arrays == expected:
+            expected = txn.counters().arrays + 1, txn.totals("names").count  # chunks/ has a zarr.json
+        found = tuple(len(files.list_dir(root / part)) for part in ("chunks", manifests.NAMES))
+        if not died and found == expected:
             return
         with catalog.begin(write=True) as txn:
             known = set(txn.segments())
@@ -168,6 +192,8 @@ def _sweep_workspaces(root: Path) -> bool:
     for name in files.list_dir(root / "tmp"):
         workspace = root / "tmp" / name
         try:
+            if not files.is_folder_or_nothing(workspace):
+                raise NotADirectoryError
             fd = files.lock(workspace / "lock", timeout_s=0)  # of a maker that died before taking it, too
         except StoreLocked:
             continue

@@ -267,7 +267,7 @@ def parse_kv_metadata(data: bytes, where: str) -> KVAttributes:
     """
     try:
         return msgspec.convert(msgspec.json.decode(data)["attributes"]["kvdb"], KVAttributes)
-    except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise Damaged(f"{where}: unreadable metadata ({e}), expected a KVDB array; run 'kvdb verify'") from e
 
 
@@ -283,7 +283,7 @@ def abstract_digests(data: bytes, where: str) -> list[str]:
     """
     try:
         return msgspec.convert(msgspec.json.decode(data)["attributes"]["kvdb"]["layer_xxh3"], list[str])
-    except (msgspec.MsgspecError, KeyError, TypeError) as e:
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise Damaged(f"{where}: unreadable metadata ({e}), expected a KVDB abstract; run 'kvdb verify'") from e
 
 

@@ -68,8 +68,14 @@ def read(names: Path) -> list[Sequence]:
     """Every readable manifest, oldest first: of two with the same name the later one counts."""
     found = []
     for name in files.list_dir(names):
-        with contextlib.suppress(OSError, Damaged, msgspec.MsgspecError):
+        with contextlib.suppress(OSError, Damaged, ValueError, RecursionError):
             sequence = msgspec.json.decode(files.read_file(names / name), type=Sequence)
             if name == f"{sequence.key}.json" and sequence.name is not None:
                 found.append(sequence)
     return sorted(found, key=lambda s: (s.created, s.key))
+
+
+def agree(a: Sequence, b: Sequence) -> bool:
+    """Whether two descriptions are of the same sequence in the same KV. Pins and expiry may change in a commit that fails after
+    the manifest was written, and are not worth a second write to take back."""
+    return (a.key, a.name, a.identity, a.spans, a.root) == (b.key, b.name, b.identity, b.spans, b.root)

@@ -11,6 +11,7 @@ the sequence visible. (Digests are no signatures: whoever made the file decides 
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -51,14 +52,18 @@ def export_sequence(db: KVDB, name_or_key: str, target: Path) -> int:
     description = Description(
         export=EXPORT_VERSION, sequence=sequence, identity=db.identity(sequence.identity), segments=tuple(entries)
     )
-    draft = target.with_name(f".{target.name}.part")
+    draft = target.with_name(f".{target.name[:200]}.{os.urandom(4).hex()}.part")
     try:
-        with files.create_stream(draft) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(_DESCRIPTION, msgspec.json.format(msgspec.json.encode(description), indent=1))
-            archive.writestr(format.METADATA_KEY, format.group_metadata())
-            for array, size in (item for entry in entries for item in _arrays(entry)):
-                _put(archive, db.path / "chunks", array, size)
+        with files.translated(target), files.create_stream(draft) as stream:
+            with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+                archive.writestr(_DESCRIPTION, msgspec.json.format(msgspec.json.encode(description), indent=1))
+                archive.writestr(format.METADATA_KEY, format.group_metadata())
+                for array, size in (item for entry in entries for item in _arrays(entry)):
+                    _put(archive, db.path / "chunks", array, size)
+            stream.flush()
+            files.fsync(stream.fileno(), draft)
         files.link(draft, target)  # never over an existing file
+        files.fsync_dir(target.absolute().parent)
     finally:
         files.unlink(draft)
     return target.stat().st_size
@@ -155,7 +160,7 @@ def _description(source: Path, archive: zipfile.ZipFile) -> Description:
                 f"{source}: export of version {version}, expected at most {EXPORT_VERSION}; upgrade kvdb"
             )
         described = msgspec.json.decode(data, type=Description)
-    except (msgspec.MsgspecError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise Damaged(f"{source}: {e}, expected a file that 'kvdb export' wrote") from e
     sequence, before = described.sequence, None
     for entry in described.segments:

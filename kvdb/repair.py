@@ -24,7 +24,7 @@ from kvdb import files, folder, format, manifests
 from kvdb.catalog import Catalog
 from kvdb.check import check_files, check_store
 from kvdb.entries import Limits, SegmentEntry, Sequence, sequence_key
-from kvdb.errors import Damaged, KVDBError, Problem, StoreError
+from kvdb.errors import Damaged, KVDBError, NotAStore, OlderFormat, Problem
 from kvdb.format import FORMAT_VERSION, KVAttributes, SegmentInfo
 from kvdb.identity import EXACT, Identity
 from kvdb.prefix import Tokens
@@ -55,14 +55,13 @@ def repair(path: Path, *, apply: bool = False, rebuild: bool = False) -> Repair:
     rebuild  make the catalog anew from the segments whatever state it is in
     raises   NotAStore, NewerFormat; StoreLocked when a rebuild is needed and the store is open elsewhere
     """
-    header = folder.read_header(path)
-    if header.format < FORMAT_VERSION:
-        raise StoreError(
-            f"{path}: store of format {header.format}, expected {FORMAT_VERSION}; open it once, which upgrades it"
-        )
-    folder.make_parts(path)
-    problems = _problems(path, writing=apply)
-    report = Repair(applied=apply, problems=problems, actions=[])
+    report = Repair(applied=apply, problems=[], actions=[])
+    _mend_header(path, report)
+    if report.problems and not apply:  # nothing else can be asked of a store without a header
+        return report
+    if apply:
+        folder.make_parts(path)
+    problems = report.problems = [*report.problems, *_problems(path, writing=apply)]
     if rebuild or any(p.kind not in FILE_KINDS + _LITTER for p in problems):
         _rebuild(path, report)
         if apply:
@@ -76,6 +75,26 @@ def repair(path: Path, *, apply: bool = False, rebuild: bool = False) -> Repair:
     return report
 
 
+def _mend_header(path: Path, report: Repair) -> None:
+    """A store whose kvdb.json is gone or unreadable gets a new one; what it said are defaults."""
+    try:
+        header = folder.read_header(path)
+    except (NotAStore, Damaged) as e:
+        if not (path / "chunks").is_dir():
+            raise
+        report.problems.append(Problem("kvdb.json", "header", str(e)))
+        report.actions.append("write kvdb.json anew, then look at the rest")
+        if report.applied:
+            folder.make_parts(path)
+            quarantine(path, path / folder.HEADER)
+            folder.replace_header(path, folder.new_header())
+        return
+    if header.format < FORMAT_VERSION:
+        raise OlderFormat(
+            f"{path}: store of format {header.format}, expected {FORMAT_VERSION}; open it once, which upgrades it"
+        )
+
+
 def _catalog(path: Path, *, readonly: bool) -> Catalog:
     return Catalog(path / "catalog", readonly=readonly, names=path / manifests.NAMES)
 
@@ -83,8 +102,8 @@ def _catalog(path: Path, *, readonly: bool) -> Catalog:
 def _problems(path: Path, *, writing: bool) -> list[Problem]:
     held = folder.hold(path, exclusive=False)
     try:
-        catalog = _catalog(path, readonly=not writing)
-        return list(check_store(path, catalog))
+        with contextlib.closing(_catalog(path, readonly=not writing)) as catalog:
+            return list(check_store(path, catalog))
     except KVDBError as e:
         return [Problem("catalog", "catalog", str(e))]
     finally:
@@ -97,15 +116,15 @@ def _problems(path: Path, *, writing: bool) -> list[Problem]:
 def _mend(path: Path, bad: set[str], report: Repair) -> None:
     held = folder.hold(path, exclusive=False)
     try:
-        catalog = _catalog(path, readonly=not report.applied)
-        if bad:
-            report.actions += drop_segments(path, catalog, bad, apply=report.applied)
-        for problem in report.problems:
-            if problem.kind in _LITTER:
-                report.actions.append(f"tidy {problem.loc}")
-        if report.applied:
-            with catalog.locked():
-                _tidy(path, catalog)
+        with contextlib.closing(_catalog(path, readonly=not report.applied)) as catalog:
+            if bad:
+                report.actions += drop_segments(path, catalog, bad, apply=report.applied)
+            for problem in report.problems:
+                if problem.kind in _LITTER:
+                    report.actions.append(f"tidy {problem.loc}")
+            if report.applied:
+                with catalog.locked():
+                    _tidy(path, catalog)
     finally:
         files.close(held)
 
@@ -127,7 +146,8 @@ def _write_manifests(path: Path, named: list[Sequence]) -> None:
     for name in set(files.list_dir(names)) - {f"{s.key}.json" for s in named}:
         quarantine(path, names / name)
     for sequence in named:
-        if sequence.key not in there or there[sequence.key].spans != sequence.spans:
+        if sequence.key not in there or not manifests.agree(there[sequence.key], sequence):
+            quarantine(path, names / f"{sequence.key}.json")
             manifests.write(names, sequence)
 
 
@@ -307,8 +327,7 @@ def _salvage(path: Path) -> tuple[list[Sequence], Limits]:
     """Sequences that the old catalog and the manifests know, and the old limits, as far as they can be read."""
     known = manifests.read(path / manifests.NAMES)
     limits = Limits()
-    with contextlib.suppress(KVDBError):
-        catalog = Catalog(path / "catalog", readonly=False)
+    with contextlib.suppress(KVDBError), contextlib.closing(Catalog(path / "catalog", readonly=False)) as catalog:
         with catalog.begin() as txn:
             readable = txn.readable_sequences()
             known = readable + [s for s in known if s.key not in {r.key for r in readable}]
@@ -321,22 +340,22 @@ def _fill(
 ) -> list[Sequence]:
     """Make a catalog; returns its named sequences."""
     files.mkdir(target)
-    catalog = Catalog(target, readonly=False, create=True)
-    for each in whole.values():
+    with contextlib.closing(Catalog(target, readonly=False, create=True)) as catalog:
+        for each in whole.values():
+            with catalog.begin(write=True) as txn:
+                txn.add_segment(each.entry, each.identity, stored_tokens(chunks, each.entry.info))
         with catalog.begin(write=True) as txn:
-            txn.add_segment(each.entry, each.identity, stored_tokens(chunks, each.entry.info))
-    with catalog.begin(write=True) as txn:
-        txn.set_limits(limits)
-        for sequence in sequences:
-            if _fits(sequence, whole):
-                txn.put_sequence(sequence)
-        ends = {s.spans[-1].segment for s in txn.sequences()}
-        children = Counter(each.entry.info.parent for each in whole.values())
-        for segment, each in whole.items():
-            if not children[segment] and segment not in ends:
-                txn.record(each.entry.info, each.entry.info.stop)
-        named = [s for s in txn.sequences() if s.name is not None]
-    catalog.ballast()
+            txn.set_limits(limits)
+            for sequence in sequences:
+                if _fits(sequence, whole):
+                    txn.put_sequence(sequence)
+            ends = {s.spans[-1].segment for s in txn.sequences()}
+            children = Counter(each.entry.info.parent for each in whole.values())
+            for segment, each in whole.items():
+                if not children[segment] and segment not in ends:
+                    txn.record(each.entry.info, each.entry.info.stop)
+            named = [s for s in txn.sequences() if s.name is not None]
+        catalog.ballast()
     return named
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Final
 
 from kvdb.errors import InvalidInput
@@ -12,6 +13,7 @@ _UNITS: Final = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGTP", start=1)
 }
+_MOST: Final = (1 << 63) - 1
 _BY_CASE: Final = {unit.lower(): factor for unit, factor in _UNITS.items()}
 
 
@@ -20,9 +22,11 @@ def parse_bytes(where: str, size: int | str) -> int:
 
     raises  InvalidInput for anything else, negative numbers included
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
+    text = str(size) if isinstance(size, (int, str)) else ""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text, re.ASCII)
     if found is None or found[2].lower() not in _BY_CASE:
         raise InvalidInput(f'{where} is {size!r}, expected bytes such as "50GB", "1GiB" or 4096')
-    return int(float(found[1]) * _BY_CASE[found[2].lower()])
+    size_bytes = int(Decimal(found[1]) * _BY_CASE[found[2].lower()])
+    if size_bytes > _MOST:
+        raise InvalidInput(f'{where} is {size!r}, expected bytes such as "50GB", "1GiB" or 4096, at most {_MOST}')
+    return size_bytes

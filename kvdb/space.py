@@ -9,6 +9,7 @@ where a reader that was on its way still finds them, and vanish after a grace pe
 from __future__ import annotations
 
 import heapq
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ from kvdb import files, manifests
 from kvdb.catalog import Catalog
 from kvdb.entries import SegmentEntry, Sequence
 from kvdb.errors import StorageFull
-from kvdb.format import SegmentInfo
+from kvdb.format import METADATA_KEY, SegmentInfo
 from kvdb.reader import TRASH
 from kvdb.retention import Leaf, Retention
 from kvdb.transaction import Transaction
@@ -27,6 +28,9 @@ _MARGIN: Final = 256 << 10
 """What a transaction may add to the catalog's file."""
 _SLACK: Final = 0.05
 """Share of the cap that is freed beyond need, so that not every commit has to look for something to evict."""
+
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class Evicted(NamedTuple):
@@ -65,7 +69,13 @@ class Space:
             segments = txn.counters().segment_bytes
         parts = (TRASH, "quarantine", manifests.NAMES, "catalog")
         in_flight = files.tree_bytes(self.root / "tmp", reserved=True)
-        return segments + in_flight + sum(files.tree_bytes(self.root / part) for part in parts)
+        fixed = (".", "kvdb.json", "chunks", f"chunks/{METADATA_KEY}")
+        return (
+            segments
+            + in_flight
+            + sum(files.tree_bytes(self.root / part) for part in parts)
+            + sum(files.disk_bytes(self.root / part) for part in fixed)
+        )
 
     def _short_of(self, need: int) -> int:
         """Bytes that must go before `need` more fit; at most 0 when they fit."""
@@ -115,8 +125,9 @@ class Space:
         """Evict what is over the cap, as far as it may go."""
         if self._short_of(0) > 0:
             self.reap(now=True)
-            if (short := self._short_of(0)) > 0:
-                self.evict(short, keep=keep)
+            while (short := self._short_of(0)) > 0 and self.evict(
+                short, keep=keep
+            ).segments:  # a deletion takes room too
                 self.reap(now=True)
 
     def evict(self, wanted: int, *, named: bool = False, keep: str | None = None) -> Evicted:
@@ -175,30 +186,33 @@ class Space:
     # -- getting rid of files
 
     def dispose(self, infos: Iterable[SegmentInfo]) -> None:
-        """After their entries are gone: put arrays in the trash."""
+        """After their entries are gone: put arrays in the trash. The deletion has happened, so what fails here is only
+        logged; the next opener for writing finds it."""
         for info in infos:
             for array in info.array_names():
-                self.dispose_array(array)
+                target = self.root / TRASH / array
+                try:
+                    files.rename(self.root / "chunks" / array, target)
+                    files.mark_now(target)
+                except FileNotFoundError:  # it never had files, or another process was faster
+                    pass
+                except OSError as e:
+                    _LOG.warning(
+                        "%s: %s, expected it in the trash; it is removed at a later open", e.filename, e.strerror
+                    )
         self.reap()
-
-    def dispose_array(self, array: str) -> None:
-        target = self.root / TRASH / array
-        try:
-            files.rename(self.root / "chunks" / array, target)
-            files.mark_now(target)
-        except FileNotFoundError:  # it never had files, or another process was faster
-            pass
 
     def reap(self, *, now: bool = False) -> None:
         """Remove what has been in the trash for the grace period, or all of it. A clock that went back ends the wait."""
         for array in files.list_dir(self.root / TRASH):
             path = self.root / TRASH / array
             try:
-                waited = files.now() - files.modified(path)
+                if now or not 0 <= files.now() - files.modified(path) < self.grace_s:
+                    files.remove_tree(path)
             except FileNotFoundError:
-                continue
-            if now or not 0 <= waited < self.grace_s:
-                files.remove_tree(path)
+                pass
+            except OSError as e:
+                _LOG.warning("%s: %s, expected to remove it; it is tried again", e.filename, e.strerror)
 
 
 def expire(txn: Transaction) -> tuple[list[SegmentEntry], list[Sequence]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 
-from kvdb import compact, files, folder, manifests, portable, repair
+from kvdb import compact, files, folder, forks, manifests, portable, repair
 from kvdb.catalog import Catalog
 from kvdb.check import check_store
 from kvdb.codecs import Codec, Raw
@@ -76,9 +77,9 @@ class KVDB:
         self.mode, self.salt, self.read_mode = options.mode, options.salt, options.read_mode
         self.readonly = options.mode == "r"
         self.durable = options.durability == "commit"
-        self._pid = os.getpid()
         self._workspace: Path | None = None
         self._workspace_lock: int | None = None
+        self._making_workspace = threading.Lock()
         self._verified = Verified()
         self._used: dict[str, int] = {}  # segment -> hits since the last write transaction
         self._held: int | None = folder.hold(path, exclusive=False)
@@ -104,6 +105,14 @@ class KVDB:
         except BaseException:
             files.close(self._held)
             raise
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """In a child: the workspace, and what is not written down yet, are the parent's."""
+        if self._workspace_lock is not None:
+            files.close(self._workspace_lock)
+        self._workspace, self._workspace_lock, self._used = None, None, {}
+        self._making_workspace = threading.Lock()
 
     # -- opening and closing
 
@@ -184,6 +193,7 @@ class KVDB:
     def _tidy(self) -> None:
         """What an opener for writing owes the store: leftovers removed, limits kept."""
         folder.make_parts(self.path)
+        folder.force(self.path)
         with contextlib.suppress(
             Damaged, StorageFull
         ):  # reading goes on: `check` tells what is damaged, deleting makes room
@@ -210,7 +220,7 @@ class KVDB:
 
     def close(self) -> None:
         """Close the store; closing twice is fine. Caches made from it must not be used any more."""
-        if not self.catalog.closed and self._pid == os.getpid() and not self.readonly:
+        if not self.catalog.closed and not self.readonly:
             with contextlib.suppress(StoreError, Damaged, OSError):  # only statistics: not worth waiting or failing for
                 if self._used:
                     with self.catalog.locked(timeout_s=0), self.write_transaction():
@@ -221,8 +231,7 @@ class KVDB:
                 if not self.durable:
                     self.sync()
         if self._workspace is not None:
-            if self._pid == os.getpid():  # a forked child must not remove its parent's
-                files.remove_tree(self._workspace)
+            files.remove_tree(self._workspace)
             self._workspace = None
         if self._workspace_lock is not None:
             files.close(self._workspace_lock)
@@ -493,7 +502,8 @@ class KVDB:
 
         name      None for a sequence that may be evicted; a name moves to its newest sequence
         model     what to show people; not part of the identity
-        replaces  key of an unnamed sequence that this one continues, to be forgotten
+        replaces  key of an unnamed sequence that this one continues, to be forgotten; one that ends in a segment of its own
+                  stays until it is evicted: a started chunk was written anew, and a cache may still live on the old one
         ttl_s     seconds after which it goes, named or not; None: never by age
         raises    InvalidInput for an empty name or a token count outside `last`; ReadOnly
         """
@@ -529,6 +539,7 @@ class KVDB:
         self._writable()
         with self.write_transaction() as txn:
             txn.set_pinned(txn.sequence(name_or_key), pinned)
+        self.space.enforce()
 
     def delete(self, name_or_key: str) -> int:
         """Forget a sequence and the segments only it used; returns bytes of files that go.
@@ -614,12 +625,18 @@ class KVDB:
 
     @contextlib.contextmanager
     def write_transaction(self) -> Iterator[Transaction]:
-        """A write transaction of this handle; a workspace exists, so that whoever opens the store after a crash looks.
-        For the engine's own modules."""
+        """A write transaction of this handle; a workspace exists, so that whoever opens the store after a crash looks. What
+        a durable one may build on is durable before. For the engine's own modules."""
         self.own_workspace()
-        with self.catalog.begin(write=True) as txn:
-            self._note_use(txn)
-            yield txn
+        with self.catalog.locked():
+            if self.durable:
+                with self.catalog.begin() as txn:
+                    relaxed = txn.totals("unsynced").count
+                if relaxed:
+                    self.sync()
+            with self.catalog.begin(write=True) as txn:
+                self._note_use(txn)
+                yield txn
 
     def _note_use(self, txn: Transaction) -> None:
         """Write down what was touched since the last write."""
@@ -632,18 +649,17 @@ class KVDB:
         self._writable()
         if self.catalog.closed:
             raise StoreError(f"{self.path}: the store is closed, expected an open one; open it again")
-        if self._pid != os.getpid():  # after a fork: the parent's is the parent's
-            self._pid, self._workspace, self._workspace_lock = os.getpid(), None, None
-        while self._workspace is None:
-            workspace = self.path / "tmp" / f"{os.getpid()}-{os.urandom(8).hex()}"
-            with contextlib.suppress(FileNotFoundError, StoreLocked):  # swept before it was locked: another name
-                files.mkdir(workspace)
-                fd = files.lock(workspace / "lock", timeout_s=0)
-                if (workspace / "lock").exists():
-                    self._workspace, self._workspace_lock = workspace, fd
-                else:
-                    files.close(fd)
-        return self._workspace
+        with self._making_workspace:
+            while self._workspace is None:
+                workspace = self.path / "tmp" / f"{os.getpid()}-{os.urandom(8).hex()}"
+                with contextlib.suppress(FileNotFoundError, StoreLocked):  # swept before it was locked: another name
+                    files.mkdir(workspace)
+                    fd = files.lock(workspace / "lock", timeout_s=0)
+                    if (workspace / "lock").exists():
+                        self._workspace, self._workspace_lock = workspace, fd
+                    else:
+                        files.close(fd)
+            return self._workspace
 
 
 def _make_ready(root: Path, mode: Mode) -> None:

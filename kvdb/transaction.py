@@ -30,9 +30,15 @@ class Transaction:
         self._env, self._txn, self._writing = env, txn, writing
         self._totals: dict[str, Totals] = {}
         self._counters: Counters | None = None
+        self._removed = False
         self.manifests: dict[
             str, Sequence | None
         ] = {}  # key -> named sequence as this transaction leaves it, None: gone
+
+    @property
+    def takes_away(self) -> bool:
+        """Whether files go after the commit: of segments, or manifests."""
+        return self._removed or None in self.manifests.values()
 
     # -- entries
 
@@ -212,6 +218,7 @@ class Transaction:
         raises  Damaged when it is not there
         """
         entry = self.span_entries([Span(segment=info.segment, start=0, stop=0)])[0]
+        self._removed = True
         self.unlist(info)
         key = bytes.fromhex(info.segment)
         for table in ("segments", "tokens", "uses", "unsynced"):
@@ -390,7 +397,7 @@ class Transaction:
             expires=None if ttl_s is None else now + ttl_s,
         )
         older = None if replaces in (None, sequence.key) else self.find_sequence(replaces or "")
-        if older is not None and not older.protected:
+        if older is not None and not older.protected and used.issuperset(span.segment for span in older.spans):
             self.remove_sequence(older)
         return self.put_sequence(sequence)
 

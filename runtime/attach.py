@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvdb.entries import Found, Span
+from kvdb.entries import Found, Sequence, Span
 from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import STORAGE_DTYPES, Geometry, LayerGroup
 from kvdb.identity import EXACT, Identity
@@ -180,8 +180,28 @@ class Attachment:
         """
         self._entered()
         started = time.perf_counter()
+        identity = self.identity()
+        while True:
+            sequence = self._loadable(name, identity)
+            cache = self._new(identity, 1)
+            try:
+                tokens, segments = self.db.tokens(sequence.spans).tolist(), self.db.segments(sequence.spans)
+                cache.restore([Prefix(tokens, sequence.spans, segments)])
+                break
+            except BaseException as e:
+                self._drop(cache)
+                if not (isinstance(e, Damaged) and self._gone([sequence.spans])):
+                    raise
+        cache.metrics.prompt_tokens = sequence.tokens
+        cache.metrics.restore_seconds = time.perf_counter() - started
+        if not self.db.readonly:
+            self.db.touch(sequence.spans)
+        return cache
+
+    def _loadable(self, name: str, identity: Identity) -> Sequence:
+        """raises  as `load`"""
         sequence = self.db.sequence(name)
-        identity, stored = self.identity(), self.db.identity(sequence.identity)
+        stored = self.db.identity(sequence.identity)
         if different := identity.difference(stored):
             raise IdentityMismatch(
                 f"sequence {name!r}: stored under another identity ({', '.join(different)} differ), expected the attached "
@@ -191,23 +211,13 @@ class Attachment:
             raise InvalidInput(
                 f"sequence {name!r}: its fidelity is {sequence.fidelity!r}, expected {EXACT!r}; attach with fidelity='any'"
             )
-        cache = self._new(identity, 1)
-        try:
-            tokens, segments = self.db.tokens(sequence.spans).tolist(), self.db.segments(sequence.spans)
-            cache.restore([Prefix(tokens, sequence.spans, segments)])
-        except BaseException:
-            self._drop(cache)
-            raise
-        cache.metrics.prompt_tokens = sequence.tokens
-        cache.metrics.restore_seconds = time.perf_counter() - started
-        if not self.db.readonly:
-            self.db.touch(sequence.spans)
-        return cache
+        return sequence
 
-    def save(self, cache: KVDBCache, name: str | None = None) -> list[str]:
+    def save(self, cache: KVDBCache, name: str | None = None, *, ttl_s: float | None = None) -> list[str]:
         """Store what the cache computed since; only new tokens are written (and the chunk they start in).
 
         name     keeps the sequence from eviction and makes it loadable; rows of a batch become "name#0", "name#1", ...
+        ttl_s    seconds after which it goes, named or not; None: never by age
         returns  keys of the sequences
         raises   ReadOnly; InvalidInput for an empty cache; IdentityMismatch when the weights changed since it was made
         """
@@ -217,7 +227,11 @@ class Attachment:
             raise InvalidInput("save: the cache holds 0 tokens, expected at least one; generate something first")
         cache.seal()
         names = [name if name is None or len(cache.rows) == 1 else f"{name}#{i}" for i in range(len(cache.rows))]
-        return [key for row, each in zip(cache.rows, names, strict=True) if (key := row.record(each)) is not None]
+        return [
+            key
+            for row, each in zip(cache.rows, names, strict=True)
+            if (key := row.record(each, ttl_s=ttl_s)) is not None
+        ]
 
     # -- inside
 
@@ -238,13 +252,18 @@ class Attachment:
                 cache.restore(prefixes)
             except BaseException as e:
                 self._drop(cache)
-                if isinstance(e, Damaged) and not all(self.db.holds(prefix.spans) for prefix in prefixes):
-                    continue  # deleted between finding and opening: look again
+                if isinstance(e, Damaged) and self._gone([prefix.spans for prefix in prefixes]):
+                    continue
                 raise
             if not self.db.readonly:
                 for prefix in prefixes:
                     self.db.touch(prefix.spans)
             return cache
+
+    def _gone(self, found: list[tuple[Span, ...]]) -> bool:
+        """Whether any of what was found was deleted or merged before it was open: look again. Each time something has
+        gone, so that looking comes to an end."""
+        return not all(self.db.holds(spans) for spans in found)
 
     def _new(self, identity: Identity, batch: int) -> KVDBCache:
         cache = KVDBCache(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvdb import forks
 from kvdb.entries import Span
 from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import Geometry
@@ -93,6 +94,10 @@ class KVDBCache(Cache):
             2 * layer.stored.group.kv_heads * layer.stored.group.head_dim * dtype.itemsize
             for layer in self._full_layers
         )
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._broken = "it was made before this process was forked"
 
     # -- what it holds
 

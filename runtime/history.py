@@ -7,12 +7,15 @@ more sealed part. Without a writable store nothing is ever appended and the tail
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvdb import forks
 from kvdb.entries import Span
 from kvdb.errors import Damaged
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
@@ -67,6 +70,10 @@ class History:
         self._submitted: dict[int, int] = {}  # layer -> tokens handed to the writer
         self._resident: dict[int, Tensor] = {}  # layer -> abstract in the selector's form
         self._recorded: str | None = None  # key under which this sequence was last recorded, unnamed
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._writer, self._submitted = None, {}  # the parent goes on with it
 
     # -- state
 
@@ -94,7 +101,8 @@ class History:
         raises  Damaged when a file is missing or short, naming the sequences concerned
         """
         for span, segment in zip(spans, segments, strict=True):
-            self._open(segment)
+            with self._naming(segment):
+                self._reader.open(segment)
             self._take(segment, segment.info.start + span.stop)
             if segment.info.fidelity != EXACT:
                 self.mark_approximate(segment.info.start, segment.info.fidelity)
@@ -108,9 +116,11 @@ class History:
             self._sealed.append(Part(segment, first, stop // ct - first))
         self._last, self.stored_tokens = segment, stop
 
-    def _open(self, segment: Segment) -> None:
+    @contextlib.contextmanager
+    def _naming(self, segment: Segment) -> Iterator[None]:
+        """Damage found in the block names the sequences it concerns."""
         try:
-            self._reader.open(segment)
+            yield
         except Damaged as e:
             names = [
                 s.name or s.key for s in self.db.sequences() if any(p.segment == segment.info.segment for p in s.spans)
@@ -158,19 +168,23 @@ class History:
         heads, n = chunks.shape
         ct, dim = self.geometry.chunk_tokens, self._dims[layer]
 
+        def read(segment: Segment, records: Array, out: Array) -> None:
+            with self._naming(segment):
+                self._reader.read(segment, layer, records, out)
+
         def fill(out: Array) -> None:
             for part in parts:
                 records = ((chunks - part.first) * heads + self._heads[layer]).ravel()
                 if len(parts) == 1:
-                    self._reader.read(part.segment, layer, records, out)
+                    read(part.segment, records, out)
                     return
                 columns = np.flatnonzero((chunks >= part.first) & (chunks < part.stop))
                 if len(columns) == len(records):
-                    self._reader.read(part.segment, layer, records, out)
+                    read(part.segment, records, out)
                     return
                 if len(columns):
                     some = np.empty((2, len(columns), ct, dim), out.dtype)
-                    self._reader.read(part.segment, layer, records[columns], some)
+                    read(part.segment, records[columns], some)
                     out[:, columns] = some
 
         both = self._staging.read_into((2, heads * n, ct, dim), fill)
@@ -187,7 +201,8 @@ class History:
             fresh = []
             for part in self._parts(layer):
                 if part.stop > done:
-                    abstract = self._reader.abstract(part.segment, selector.abstract, layer)
+                    with self._naming(part.segment):
+                        abstract = self._reader.abstract(part.segment, selector.abstract, layer)
                     fresh.append(torch.from_numpy(abstract[max(0, done - part.first) : part.chunks].copy()))
             made = selector.prepare(torch.cat(fresh).to(self._staging.device))
             have = made if have is None else torch.cat((have, made), -1)
@@ -279,15 +294,15 @@ class History:
         self._writer, self._submitted = None, {}
         self._take(segment, start + tokens)
 
-    def record(self, name: str | None) -> str | None:
-        """Make the sequence that ends with the last segment known to the store, under a name or unnamed.
+    def record(self, name: str | None, *, ttl_s: float | None = None) -> str | None:
+        """Make the sequence that ends with the last segment known to the store, under a name or unnamed, for `ttl_s` seconds.
 
         Its own unnamed beginnings are replaced. Returns its key, None when nothing is stored.
         """
         if self._last is None:
             return None
         key = self.db.put_sequence(
-            self._last, self.stored_tokens, name=name, model=self.model_label, replaces=self._recorded
+            self._last, self.stored_tokens, name=name, model=self.model_label, replaces=self._recorded, ttl_s=ttl_s
         )
         self._recorded = key if name is None else None
         return key

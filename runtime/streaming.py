@@ -1,7 +1,8 @@
 """Write-behind: KV is encoded and written on one other thread while the next layer computes.
 
 Bounded: `submit` waits when `depth` writes are pending, so memory does not grow when the disk is slower than the model.
-An error of a write is raised at the next `submit` or `wait`, and nothing submitted after it is written.
+An error of a write is raised at the next `submit` or `wait`, and nothing submitted after it is written. A child of fork has no
+such thread: there, what was submitted is the parent's, and going on is an error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from kvdb import forks
+from kvdb.errors import InvalidInput
+
 
 class WriteBehind:
     def __init__(self, depth: int = 4) -> None:
@@ -17,6 +21,14 @@ class WriteBehind:
         self._pending: deque[tuple[int, Future[None]]] = deque()
         self._pool: ThreadPoolExecutor | None = None  # no thread before the first write
         self._failed: BaseException | None = None
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._pool = None
+        self._pending.clear()
+        self._failed = InvalidInput(
+            "KVDB cache: made before this process was forked, expected one made in it; make a new cache"
+        )
 
     def submit(self, layer: int, write: Callable[[], None]) -> None:
         """Queue a write of one layer; writes happen in the order of submission."""

@@ -2,25 +2,34 @@
 
 `check` compares every byte with a digest or with what the catalog says, so any flipped bit in any file but LMDB's own pages is
 found; the place it names is the place that was flipped. LMDB's entries have their own test (unit/test_catalog.py).
+
+Below that, seeded trials damage any file of a store in any way; `damage.py` says how, and judges them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
+from faults.forked import Ended
+from faults.tally import Tally, counts
+from faults.workload import Violation
 from helpers import (
     TWO_GROUPS,
     assert_healthy,
     assert_reads_back,
     extend,
+    finish,
     flip,
     identity,
     opened,
+    python,
     token_list,
 )
 from hypothesis import given
@@ -188,3 +197,80 @@ def test_a_missing_or_short_shard_is_refused_and_others_still_read(
         db.delete("bad")
         extend(db, BAD, geometry=TWO_GROUPS, name="bad")
         assert_reads_back(db, BAD, db.match(identity(), BAD).spans)
+
+
+# -- seeded trials
+
+
+def trials(scratch: Path, damage: str, count: int, plant: str | None = None) -> list[tuple[str, Ended]]:
+    """What was done and how the look at it ended, for seeds 0..count, on two processors."""
+    code = "import sys; from faults.damage import main; main(*sys.argv[1:3], *map(int, sys.argv[3:6]), sys.argv[6] or None)"
+    running = []
+    for first in range(2):
+        (scratch / str(first)).mkdir()
+        running.append(python(code, str(scratch / str(first)), damage, str(first), str(count), "2", plant or ""))
+    lines = [json.loads(line) for process in running for line in finish(process, 24 * 3600).splitlines()]
+    assert sorted(seed for seed, _, _ in lines) == list(range(count))
+    return [(f"seed {seed}, {what}", Ended(*ended)) for seed, what, ended in lines]
+
+
+def judge(tally: Tally, found: list[tuple[str, Ended]]) -> None:
+    outcomes: Counter[str] = Counter()
+    for point, ended in found:
+        violation = None
+        if ended.harm is not None:
+            violation = Violation(ended.harm, str(ended.answer))
+        elif ended.answer["violations"]:
+            violation = Violation("torn", "; ".join(ended.answer["violations"][:3]))
+        else:
+            outcomes[next((o for o in ("error", "miss") if ended.answer["outcome"].get(o)), "correct")] += 1
+        tally.add(point, violation)
+    tally.name += f" ({outcomes['correct']} read whole, {outcomes['error']} typed errors, {outcomes['miss']} misses)"
+    tally.assert_clean(len(found))
+
+
+@pytest.mark.slow
+def test_no_damaged_byte_is_read_nothing_crashes_and_others_read_whole(scratch: Path, tally: Tally) -> None:
+    judge(tally, trials(scratch, "harm", counts(10_000)))
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_never_zeros(scratch: Path, tally: Tally) -> None:
+    judge(tally, trials(scratch, "take away", counts(1_000)))
+
+
+def test_a_shard_cut_anywhere_is_refused(scratch: Path, tally: Tally) -> None:
+    judge(tally, trials(scratch, "cut", counts(200)))
+
+
+@pytest.mark.parametrize(("plant", "damage"), [("no digest check", "harm"), ("no size check", "cut")])
+def test_the_trials_see_a_planted_bug(scratch: Path, plant: str, damage: str) -> None:
+    found = trials(scratch, damage, 40, plant)
+    assert any(ended.harm is not None or ended.answer["violations"] for _, ended in found)
+
+
+def special(scratch: Path, what: str, plant: str = "") -> Ended:
+    code = "import sys; from faults.damage import special; special(sys.argv[1], sys.argv[2], sys.argv[3] or None)"
+    return Ended(*json.loads(finish(python(code, str(scratch), what, plant))))
+
+
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+def test_a_shard_cut_after_it_was_opened_is_an_error_at_the_first_touch(scratch: Path, read_mode: str) -> None:
+    ended = special(scratch, read_mode)
+    assert ended.harm is None
+    assert re.match(r"segment \w{32}, .*file .*expected", ended.answer)
+
+
+def test_without_asking_first_it_ends_the_process(scratch: Path) -> None:
+    assert special(scratch, "mmap", "no first touch") == ("crashed", "status -7")
+
+
+def test_a_page_that_lmdb_would_die_of_is_an_error(scratch: Path) -> None:
+    ended = special(scratch, "branches")
+    assert ended.harm is None
+    assert set(ended.answer["outcome"]) == {"error"}
+    assert "data.mdb" in ended.answer["problems"][0]
+
+
+def test_without_the_walk_over_its_pages_it_ends_the_process(scratch: Path) -> None:
+    assert special(scratch, "branches", "no page walk").harm == "crashed"
