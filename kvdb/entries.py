@@ -91,10 +91,12 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):
-    """Since the store was made; `segment_bytes` and `arrays` are what the catalog's segments occupy now."""
+    """What the catalog's segments are now: files' bytes, arrays, tokens, KV bytes; and what was done since the store was made."""
 
     segment_bytes: int = 0
     arrays: int = 0
+    tokens: int = 0
+    kv_bytes: int = 0
     segments_written: int = 0
     tokens_written: int = 0
     bytes_written: int = 0
@@ -192,3 +194,10 @@ def spans_of(path: list[SegmentInfo], tokens: int) -> tuple[Span, ...]:
 def name_key(name: str) -> bytes:
     """Names may be longer than LMDB keys and hold any characters: they are hashed, never used as paths."""
     return xxhash.xxh3_128_digest(name.encode(errors="surrogatepass"))
+
+
+def check_name(name: str) -> str:
+    """A name that a sequence may have. Raises InvalidInput."""
+    if not (name.strip() and name.isprintable() and len(name) <= 512):
+        raise InvalidInput(f"sequence: name is {name!r}, expected 1..512 printable characters")
+    return name

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
 import mmap as _mmap
 import os
 import stat
@@ -123,11 +124,13 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def fsync_trees(folders: Iterable[Path]) -> None:
-    """Force folders of files to disk, 16 at a time: a journal merges flushes that wait together."""
+def fsync_trees(folders: Iterable[Path], *, also: Iterable[Path] = ()) -> None:
+    """Force folders with their files, and further paths, to disk, 16 at a time: a journal merges flushes that wait together."""
     paths = (path for folder in folders for path in (*(folder / name for name in list_dir(folder)), folder))
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(_fsync_path, paths))  # descriptors last as long as their fsync: thousands of files are fine
+        list(
+            pool.map(_fsync_path, itertools.chain(paths, also))
+        )  # a descriptor lasts as long as its fsync: there may be many
 
 
 def _fsync_path(path: Path) -> None:
@@ -340,6 +343,11 @@ def moment() -> Moment:
             return Moment(now(), f.read().strip(), time.clock_gettime(time.CLOCK_BOOTTIME))
     except FileNotFoundError:  # not Linux: one boot that never ends, by a clock that starts anew with each
         return Moment(now(), "", time.monotonic())
+
+
+def changed_ns(folder: Path) -> int:
+    """A number that differs after an entry of a folder was added, taken away or replaced."""
+    return os.lstat(folder).st_mtime_ns
 
 
 def modified(path: Path) -> float:

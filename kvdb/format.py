@@ -87,8 +87,9 @@ class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
                 f"segment {self.segment}: start {self.start}, parent {self.parent}, expected a start on the grid of {ct} "
                 "and a parent exactly when it is not 0"
             )
-        if not all(name.isidentifier() and len(name) <= 64 for name in self.abstracts):
-            raise InvalidInput(f"segment {self.segment}: abstracts {self.abstracts!r}, expected names")
+        names = set(self.abstracts)
+        if len(names) != len(self.abstracts) or not all(name.isidentifier() and len(name) <= 64 for name in names):
+            raise InvalidInput(f"segment {self.segment}: abstracts {self.abstracts!r}, expected different names")
 
     @property
     def stop(self) -> int:

@@ -86,7 +86,8 @@ class _Walk:
     def long(self, at: Array) -> Array:
         """u64 at even places."""
         parts = [self.words[(at >> 1) + i].astype(np.uint64) << np.uint64(16 * i) for i in range(4)]
-        return parts[0] | parts[1] | parts[2] | parts[3]
+        joined: Array = parts[0] | parts[1] | parts[2] | parts[3]
+        return joined
 
     def walk(self, meta: bytes) -> None:
         self.trees: list[_Tree] = []

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvdb import files, format
 from kvdb.check import check_files
-from kvdb.entries import SegmentEntry, Sequence
+from kvdb.entries import SegmentEntry, Sequence, check_name
 from kvdb.errors import Damaged, IdentityMismatch, InvalidInput
 from kvdb.identity import Identity
 from kvdb.repair import stored_tokens
@@ -110,6 +110,8 @@ def _take_in(db: KVDB, source: Path, archive: zipfile.ZipFile, name: str | None)
             f"{source}: made under another tenant's salt, expected this handle's; open the store with it"
         )
     name = sequence.name if name is None else name
+    if name is not None:
+        check_name(name)
     workspace = db.own_workspace()
     fresh: list[SegmentEntry] = []
     try:
@@ -160,6 +162,8 @@ def _description(source: Path, archive: zipfile.ZipFile) -> Description:
                 f"{source}: export of version {version}, expected at most {EXPORT_VERSION}; upgrade kvdb"
             )
         described = msgspec.json.decode(data, type=Description)
+    except InvalidInput:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise Damaged(f"{source}: {e}, expected a file that 'kvdb export' wrote") from e
     sequence, before = described.sequence, None
@@ -171,7 +175,8 @@ def _description(source: Path, archive: zipfile.ZipFile) -> Description:
             )
         before = info.segment
     positions = [entry.info.start for entry in described.segments]
-    if not positions or positions != sorted(set(positions)) or described.segments[-1].info.stop < sequence.tokens:
+    last = described.segments[-1].info if positions else None
+    if last is None or positions != sorted(set(positions)) or not last.start < sequence.tokens <= last.stop:
         raise Damaged(f"{source}: segments begin at {positions}, expected a path that holds {sequence.tokens} tokens")
     return described
 

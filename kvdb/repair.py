@@ -327,11 +327,14 @@ def _salvage(path: Path) -> tuple[list[Sequence], Limits]:
     """Sequences that the old catalog and the manifests know, and the old limits, as far as they can be read."""
     known = manifests.read(path / manifests.NAMES)
     limits = Limits()
-    with contextlib.suppress(KVDBError), contextlib.closing(Catalog(path / "catalog", readonly=False)) as catalog:
-        with catalog.begin() as txn:
-            readable = txn.readable_sequences()
-            known = readable + [s for s in known if s.key not in {r.key for r in readable}]
-            limits = txn.limits()
+    with (
+        contextlib.suppress(KVDBError),
+        contextlib.closing(Catalog(path / "catalog", readonly=False)) as catalog,
+        catalog.begin() as txn,
+    ):
+        readable = txn.readable_sequences()
+        known = readable + [s for s in known if s.key not in {r.key for r in readable}]
+        limits = txn.limits()
     return known, limits
 
 

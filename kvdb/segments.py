@@ -32,6 +32,8 @@ from kvdb.prefix import Tokens
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+_LARGE_BYTES: Final = 4 << 20
+"""Segments above this are forced to disk before the write lock is taken; for smaller ones a round of flushes less counts more."""
 _ARRAY_OVERHEAD: Final = 24 << 10
 """Bytes an array may take besides its values: its folder, its metadata, the last block of each file."""
 
@@ -60,7 +62,10 @@ def codec_of(info: SegmentInfo) -> Codec:
             f"segment {info.segment}: codec {info.codec.name!r}, abstracts {info.abstracts}, expected codecs "
             f"{sorted(CODECS)} and abstracts {sorted(ABSTRACTS)}; upgrade kvdb"
         )
-    return CODECS[info.codec.name](**info.codec.config)
+    try:
+        return CODECS[info.codec.name](**info.codec.config)
+    except TypeError as e:
+        raise Unsupported(f"segment {info.segment}: codec {info.codec}: {e}; upgrade kvdb") from e
 
 
 def row_bytes(info: SegmentInfo, group: int) -> int:
@@ -239,9 +244,10 @@ class SegmentWriter:
         self.written = dict.fromkeys(geometry.layers, tokens)
 
     def seal(self, token_ids: Tokens, *, durable: bool = True) -> SegmentEntry:
-        """Complete the files and force them to disk. All layers must hold exactly `len(token_ids)` tokens.
+        """Complete the files. All layers must hold exactly `len(token_ids)` tokens.
 
-        durable  False: leave it to the system when the bytes reach the disk
+        durable  False: leave it to the system when the bytes reach the disk; otherwise many are forced there now, and few
+                 by `publish`, in one go with the folders
         raises   InvalidInput when a layer lags; StorageFull; OSError from fsync (final: discard the writer)
         """
         tokens = len(token_ids)
@@ -269,10 +275,9 @@ class SegmentWriter:
             self._describe(group)
             for name in self.info.abstracts:
                 seals[format.abstract_array(self.info.segment, name, group)] = self._seal_abstract(group, name)
-        if durable:
-            files.fsync_trees([self.folder / array for array in self._fds])
-        self._close()
         disk_bytes = sum(files.tree_bytes(self.folder / array) for array in self.info.array_names())
+        if durable and disk_bytes > _LARGE_BYTES:
+            files.fsync_trees([self.folder / array for array in self._fds])
         self.entry = SegmentEntry(info=self.info, seals=seals, disk_bytes=disk_bytes)
         return self.entry
 
@@ -313,7 +318,8 @@ class SegmentWriter:
         for array in self.info.array_names():
             files.rename(self.folder / array, chunks / array)
         if durable:
-            files.fsync_dir(chunks)
+            files.fsync_trees([chunks / array for array in self.info.array_names()], also=[chunks])
+        self._close()  # not before: an error of writing is kept for those who have the file open
 
     def discard(self) -> None:
         """Remove everything; never fails on what is already gone."""

@@ -60,6 +60,7 @@ class Space:
     ) -> None:
         self.root, self.catalog, self.floor, self.grace_s, self.retention = root, catalog, floor, grace_s, retention
         self._settle = settle
+        self._names = (0, 0)  # when names/ had last changed, and its bytes then
 
     # -- measuring
 
@@ -67,15 +68,22 @@ class Space:
         """Everything the store occupies, as of now."""
         with self.catalog.begin() as txn:
             segments = txn.counters().segment_bytes
-        parts = (TRASH, "quarantine", manifests.NAMES, "catalog")
+        parts = (TRASH, "quarantine", "catalog")
         in_flight = files.tree_bytes(self.root / "tmp", reserved=True)
         fixed = (".", "kvdb.json", "chunks", f"chunks/{METADATA_KEY}")
         return (
             segments
             + in_flight
+            + self._names_bytes()
             + sum(files.tree_bytes(self.root / part) for part in parts)
             + sum(files.disk_bytes(self.root / part) for part in fixed)
         )
+
+    def _names_bytes(self) -> int:
+        changed = files.changed_ns(self.root / manifests.NAMES)
+        if changed != self._names[0]:
+            self._names = changed, files.tree_bytes(self.root / manifests.NAMES)
+        return self._names[1]
 
     def _short_of(self, need: int) -> int:
         """Bytes that must go before `need` more fit; at most 0 when they fit."""
@@ -179,8 +187,8 @@ class Space:
                 txn.remove_sequence(sequence)
             else:
                 txn.rewrite_spans(sequence, left)
-        rest = [info.segment for info in txn.remove_unreferenced()] if named else []
-        txn.forget_moves()
+        rest = [info.segment for info in txn.remove_unreferenced(cut)] if named else []
+        txn.forget_gone()
         return [*gone.values(), *(segments[segment] for segment in rest)], cut
 
     # -- getting rid of files
@@ -228,7 +236,7 @@ def expire(txn: Transaction) -> tuple[list[SegmentEntry], list[Sequence]]:
     if not expired:
         return [], []
     segments = txn.segments()
-    return [segments[info.segment] for info in txn.remove_unreferenced()], expired
+    return [segments[info.segment] for info in txn.remove_unreferenced(expired)], expired
 
 
 def _leaf(txn: Transaction, entry: SegmentEntry) -> Leaf:

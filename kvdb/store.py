@@ -21,7 +21,7 @@ from kvdb import compact, files, folder, forks, manifests, portable, repair
 from kvdb.catalog import Catalog
 from kvdb.check import check_store
 from kvdb.codecs import Codec, Raw
-from kvdb.entries import Found, Limits, SegmentEntry, Sequence, Span, spans_root
+from kvdb.entries import Found, Limits, SegmentEntry, Sequence, Span, check_name, spans_root
 from kvdb.errors import (
     Damaged,
     InvalidInput,
@@ -351,20 +351,19 @@ class KVDB:
     def info(self) -> dict[str, Any]:
         """Facts about the store as JSON-safe values; bytes are what files occupy on disk."""
         with self.catalog.begin() as txn:
-            sequences, infos = txn.sequences(), [entry.info for entry in txn.segments().values()]
-            identities, counters, limits = txn.totals("identities").count, txn.counters(), txn.limits()
+            count = {table: txn.totals(table).count for table in ("sequences", "names", "segments", "identities")}
+            counters, limits = txn.counters(), txn.limits()
         return {
             "path": str(self.path),
             "format": self.header.format,
             "store": self.header.store,
             "created": self.header.created,
-            "sequences": len(sequences),
-            "named": sum(s.name is not None for s in sequences),
-            "pinned": sum(s.pinned for s in sequences),
-            "segments": len(infos),
-            "tokens": sum(info.tokens for info in infos),
-            "identities": identities,
-            "kv_bytes": sum(info.tokens * info.geometry.token_bytes for info in infos),
+            "sequences": count["sequences"],
+            "named": count["names"],
+            "segments": count["segments"],
+            "tokens": counters.tokens,
+            "identities": count["identities"],
+            "kv_bytes": counters.kv_bytes,
             "disk_bytes": counters.segment_bytes,
             "catalog_bytes": self.catalog.file_bytes(),
             "used_bytes": self.space.used_bytes(),
@@ -553,8 +552,8 @@ class KVDB:
                 raise InvalidInput(f"sequence {name_or_key!r}: pinned, expected one that may go; unpin it first")
             before = txn.counters().segment_bytes
             txn.remove_sequence(sequence)
-            dead = txn.remove_unreferenced()
-            txn.forget_moves()
+            dead = txn.remove_unreferenced([sequence])
+            txn.forget_gone()
             freed = before - txn.counters().segment_bytes
         self.space.dispose(dead)
         return freed
@@ -690,10 +689,3 @@ def _deleted(segment: str) -> PrefixDeleted:
     return PrefixDeleted(
         f"segment {segment}: deleted or evicted since the cache was made, expected it to stay; make the cache again"
     )
-
-
-def check_name(name: str) -> str:
-    """A name that a sequence may have. Raises InvalidInput."""
-    if not (name.strip() and name.isprintable() and len(name) <= 512):
-        raise InvalidInput(f"sequence: name is {name!r}, expected 1..512 printable characters")
-    return name

@@ -158,7 +158,7 @@ class Transaction:
     # -- identities
 
     def identity(self, digest: str) -> Identity | None:
-        return self._get("identities", bytes.fromhex(digest), Identity)
+        return self._get("identities", _id(digest), Identity)
 
     def identities(self) -> dict[str, Identity]:
         """Every readable identity by its digest; damaged ones are left to `check`."""
@@ -169,6 +169,13 @@ class Transaction:
                     found[key.hex()] = identity
         return found
 
+    def _forget_identities(self) -> None:
+        """Drop the identities of which nothing is stored any more: they hold tenants' salts."""
+        with self._txn.cursor(db=self._env.db["tree"]) as cursor:
+            for digest in self.keys_of("identities"):
+                if not cursor.set_key(prefix.block_keys(bytes.fromhex(digest), np.empty(0, "<u4"))[0]):
+                    self._delete("identities", bytes.fromhex(digest))
+
     def add_identity(self, identity: Identity) -> None:
         if self.identity(identity.digest().hex()) is None:
             self._put("identities", identity.digest(), identity)
@@ -176,7 +183,7 @@ class Transaction:
     # -- segments
 
     def entry(self, segment: str) -> SegmentEntry | None:
-        return self._get("segments", bytes.fromhex(segment), SegmentEntry)
+        return self._get("segments", _id(segment), SegmentEntry)
 
     def segment(self, segment: str) -> SegmentInfo | None:
         entry = self.entry(segment)
@@ -191,9 +198,11 @@ class Transaction:
 
     def tokens(self, segment: str) -> Tokens:
         """Token ids of a segment, (tokens,) uint32."""
-        data = self._get("tokens", bytes.fromhex(segment), bytes)
+        data = self._get("tokens", _id(segment), bytes)
         if data is None:
             raise Damaged(f"segment {segment}: no token ids in the catalog, expected them; run 'kvdb repair'")
+        if len(data) % 4:
+            raise Damaged(f"segment {segment}: {len(data)} bytes of token ids, expected 4 each; run 'kvdb repair'")
         return np.frombuffer(data, "<u4")
 
     def add_segment(self, entry: SegmentEntry, identity: Identity, token_ids: Tokens) -> None:
@@ -202,7 +211,7 @@ class Transaction:
         raises  InvalidInput for an exact segment after one that is not: what follows an approximation is one
         """
         info = entry.info
-        key = bytes.fromhex(info.segment)
+        key = _id(info.segment)
         if info.parent is not None and info.fidelity == EXACT and self.path(info.parent)[-1].fidelity != EXACT:
             raise InvalidInput(f"segment {info.segment}: fidelity {EXACT!r} after another one, expected that one's")
         self.add_identity(identity)
@@ -210,7 +219,7 @@ class Transaction:
         self._put("tokens", key, np.ascontiguousarray(token_ids, "<u4").tobytes())
         self._put("uses", key, Use(last_used=self.now(), hits=0))
         self.list_in_tree(info)
-        self.count(segment_bytes=entry.disk_bytes, arrays=len(info.array_names()))
+        self.count(**_sizes(entry))
 
     def remove_segment(self, info: SegmentInfo) -> None:
         """Children must be gone already.
@@ -220,10 +229,10 @@ class Transaction:
         entry = self.span_entries([Span(segment=info.segment, start=0, stop=0)])[0]
         self._removed = True
         self.unlist(info)
-        key = bytes.fromhex(info.segment)
+        key = _id(info.segment)
         for table in ("segments", "tokens", "uses", "unsynced"):
             self._delete(table, key)
-        self.count(segment_bytes=-entry.disk_bytes, arrays=-len(info.array_names()))
+        self.count(**{name: -size for name, size in _sizes(entry).items()})
 
     # -- the prefix tree
 
@@ -240,11 +249,11 @@ class Transaction:
     def _listings(self, info: SegmentInfo) -> Iterator[tuple[bytes, bytes]]:
         """Where in the tree a segment stands and how: the digest comes last, so that listings sort by tokens."""
         path = self.path_tokens(info.segment)
-        keys = prefix.block_keys(bytes.fromhex(info.identity), path[: info.stop - 1])
+        keys = prefix.block_keys(_id(info.identity), path[: info.stop - 1])
         for block in range(info.start // prefix.BLOCK_TOKENS, len(keys)):
             start = block * prefix.BLOCK_TOKENS
             tokens = path[start : min(start + prefix.BLOCK_TOKENS, info.stop)]
-            value = prefix.listing(info.fidelity == EXACT, tokens) + bytes.fromhex(info.segment)
+            value = prefix.listing(info.fidelity == EXACT, tokens) + _id(info.segment)
             yield keys[block], value + entries.framed(keys[block], value)[:8]
 
     def find(self, identity: str, tokens: Tokens, *, exact: bool) -> Found:
@@ -253,7 +262,7 @@ class Transaction:
         Zero case: Found(0, ()). Token ids are compared, whatever the tree says.
         cost  O(log blocks) seeks, then the token ids of at most two paths
         """
-        keys = prefix.block_keys(bytes.fromhex(identity), tokens)
+        keys = prefix.block_keys(_id(identity), tokens)
         best, best_path = 0, list[SegmentInfo]()
         with self._txn.cursor(db=self._env.db["tree"]) as cursor:
             low, high = -1, len(keys) - 1  # the last listed key lies in (low, high]; ancestors list all keys before it
@@ -327,16 +336,20 @@ class Transaction:
 
     def current(self, segment: str) -> str:
         """The segment that holds these tokens now: another one after a compaction."""
-        moved = self._get("moved", bytes.fromhex(segment), str)
-        while moved is not None:
-            segment, moved = moved, self._get("moved", bytes.fromhex(moved), str)
+        seen = {segment}
+        while (moved := self._get("moved", _id(segment), str)) is not None:
+            if moved in seen:
+                raise Damaged(f"segment {moved}: moved in a circle, expected an end; run 'kvdb repair'")
+            seen.add(moved)
+            segment = moved
         return segment
 
     def move(self, segment: str, to: str) -> None:
-        self._put("moved", bytes.fromhex(segment), to)
+        self._put("moved", _id(segment), to)
 
-    def forget_moves(self) -> None:
-        """Drop forwarding addresses that lead nowhere any more."""
+    def forget_gone(self) -> None:
+        """After segments have gone: drop forwarding addresses that lead nowhere, and identities of which nothing is stored."""
+        self._forget_identities()
         for key, to in list(self._list("moved", str)):
             if self.entry(self.current(to)) is None:
                 self._delete("moved", key)
@@ -344,29 +357,29 @@ class Transaction:
     # -- use
 
     def use(self, segment: str) -> Use:
-        return self._get("uses", bytes.fromhex(segment), Use) or Use(last_used=0.0, hits=0)
+        return self._get("uses", _id(segment), Use) or Use(last_used=0.0, hits=0)
 
     def set_use(self, segment: str, use: Use) -> None:
-        self._put("uses", bytes.fromhex(segment), use)
+        self._put("uses", _id(segment), use)
 
     def used(self, segments: Iterable[str], *, hits: int = 1) -> None:
         """Note that segments were used now. Those that are gone are left out."""
         now = self.now()
         for segment in segments:
             if self.entry(segment) is not None:
-                self._put("uses", bytes.fromhex(segment), Use(last_used=now, hits=self.use(segment).hits + hits))
+                self._put("uses", _id(segment), Use(last_used=now, hits=self.use(segment).hits + hits))
 
     # -- what was committed without being forced to disk
 
     def mark_unsynced(self, segment: str, boot: str) -> None:
-        self._put("unsynced", bytes.fromhex(segment), boot)
+        self._put("unsynced", _id(segment), boot)
 
     def unsynced(self) -> dict[str, str]:
         """Segment -> the boot in which it was written."""
         return {key.hex(): boot for key, boot in self._list("unsynced", str)}
 
     def mark_synced(self, segment: str) -> None:
-        self._delete("unsynced", bytes.fromhex(segment))
+        self._delete("unsynced", _id(segment))
 
     # -- sequences
 
@@ -428,7 +441,7 @@ class Transaction:
         sequence = msgspec.structs.replace(
             sequence, root=entries.spans_root(sequence.spans, found), last_used=0.0, hits=0
         )
-        self._put("sequences", bytes.fromhex(sequence.key), sequence)
+        self._put("sequences", _id(sequence.key), sequence)
         if sequence.name is not None:
             self.manifests[sequence.key] = sequence
         if sequence.expires is not None:
@@ -498,7 +511,7 @@ class Transaction:
         return found if found is not None and found.name == name else None
 
     def find_sequence(self, key: str) -> Sequence | None:
-        return self._get("sequences", bytes.fromhex(key), Sequence)
+        return self._get("sequences", _id(key), Sequence)
 
     def sequence(self, name_or_key: str) -> Sequence:
         """By name, else by key or a unique beginning of one.
@@ -506,6 +519,8 @@ class Transaction:
         raises  SequenceNotFound
         """
         found = self.named(name_or_key)
+        if found is None and len(name_or_key) == 32 and set(name_or_key) <= set("0123456789abcdef"):
+            found = self.find_sequence(name_or_key)
         if found is None and len(name_or_key) >= 4:
             matches = [s for s in self.sequences() if s.key.startswith(name_or_key)]
             found = matches[0] if len(matches) == 1 else None
@@ -517,24 +532,48 @@ class Transaction:
         return self._with_use(found)
 
     def remove_sequence(self, sequence: Sequence) -> None:
-        self._delete("sequences", bytes.fromhex(sequence.key))
+        self._delete("sequences", _id(sequence.key))
         if sequence.name is not None:
             self._delete("names", entries.name_key(sequence.name))
             self.manifests[sequence.key] = None
 
-    def remove_unreferenced(self) -> list[SegmentInfo]:
-        """Remove and return the segments that no sequence passes through, children before parents."""
-        live = {span.segment for s in self.sequences() for span in s.spans}
-        dead = [entry.info for segment, entry in self.segments().items() if segment not in live]
+    def remove_unreferenced(self, gone: Iterable[Sequence]) -> list[SegmentInfo]:
+        """After sequences have gone: remove and return those of their segments that no other passes through, children before
+        parents."""
+        live = {span.segment for _, s in self._list("sequences", Sequence) for span in s.spans}
+        candidates = {span.segment for sequence in gone for span in sequence.spans} - live
+        dead = [entry.info for segment in sorted(candidates) if (entry := self.entry(segment)) is not None]
         dead.sort(key=lambda info: -info.start)
         for info in dead:
             self.remove_segment(info)
         return dead
 
 
+def _sizes(entry: SegmentEntry) -> dict[str, int]:
+    """A segment's part in the counters."""
+    info = entry.info
+    return {
+        "segment_bytes": entry.disk_bytes,
+        "arrays": len(info.array_names()),
+        "tokens": info.tokens,
+        "kv_bytes": info.tokens * info.geometry.token_bytes,
+    }
+
+
 def _frame(table: str, data: bytes) -> bytes:
     """The digest of an entry; a listing in the tree carries it at its end."""
     return (data[-8:] if table == "tree" else data[:8]).ljust(8, b"\0")
+
+
+def _id(text: str) -> bytes:
+    """An id or key as bytes; what entries say may be any text.
+
+    raises  Damaged
+    """
+    try:
+        return bytes.fromhex(text)
+    except ValueError as e:
+        raise Damaged(f"catalog: {text[:80]!r} as an id, expected hex digits; run 'kvdb repair'") from e
 
 
 def fidelity_of(infos: Iterable[SegmentInfo]) -> str:

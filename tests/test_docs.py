@@ -27,7 +27,11 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_file_that_documents_name_exists() -> None:
-    for document in ("README.md", "docs/design/001-first-version.md"):
+    for document in (
+        "README.md",
+        "SECURITY.md",
+        *(f"docs/design/{path.name}" for path in (ROOT / "docs/design").iterdir()),
+    ):
         named = re.findall(r"\b((?:kvdb|runtime|tools|docs|benchmarks)/[\w./-]*\w)", (ROOT / document).read_text())
         missing = {name for name in named if not (ROOT / name).exists()}
         assert missing == set()

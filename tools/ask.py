@@ -18,12 +18,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvdb.errors import InvalidInput, StoreNotFound
-from kvdb.store import KVDB, check_name
+from kvdb.entries import check_name
+from kvdb.errors import InvalidInput, OlderFormat, StoreNotFound
+from kvdb.sizes import parse_bytes
+from kvdb.store import KVDB, UNLIMITED
 from kvdb.tools.output import Interrupted, print_json, stderr_console, visible
 from kvdb.tools.progress import prefill_bar
 from kvdb.tools.prompt import Prompt, build_prompt
-from kvdb.tools.sizes import bytes_text, seconds_text, share_text
+from kvdb.tools.sizes import bytes_text, parse_seconds, seconds_text, share_text
 from kvdb.tools.streamer import AnswerStream
 
 if TYPE_CHECKING:
@@ -56,6 +58,13 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     mass_covered_estimate: float
 
 
+class _Kept(NamedTuple):
+    """Under which name prompt and answer are saved, if at all, and for how long."""
+
+    name: str | None
+    ttl_s: float | None
+
+
 class _Shown(NamedTuple):
     """What the table shows beyond the result."""
 
@@ -73,12 +82,18 @@ def ask(
     exact: bool,
     max_new_tokens: int,
     name: str | None,
-    read_mode: str,
+    ttl: str | None,
+    opening: dict[str, Any],
     threads: int | None,
     stats: Path | None,
     as_json: bool,
 ) -> None:
-    """See `kvdb ask --help`; `document` is a path or "-", `budget` a share or a number of tokens as text."""
+    """See `kvdb ask --help`.
+
+    document  a path or "-"
+    budget    a share or a number of tokens, as text
+    opening   options of `KVDB.open`
+    """
     limit = parse_budget(budget, exact=exact)
     if not question.strip():
         raise InvalidInput("question: empty, expected some text; put it in quotes after the store")
@@ -86,8 +101,13 @@ def ask(
         raise InvalidInput("question: not UTF-8, expected text; check the terminal's encoding")
     if name is not None:
         check_name(name)
+    if ttl is not None and name is None:
+        raise InvalidInput(f"--ttl {ttl}: no --name, expected one; what has no name goes when room is needed")
+    keep = _Kept(name, None if ttl is None else parse_seconds("--ttl", ttl))
+    if opening["size_cap"] not in (None, UNLIMITED):
+        parse_bytes("--size-cap", opening["size_cap"])
     text = read_document(document)
-    _check_store(store, read_mode)
+    _check_store(store)
     if stats is not None and not stats.parent.is_dir():
         raise InvalidInput(f"--stats {stats}: no folder {stats.parent}, expected an existing one")
 
@@ -101,10 +121,10 @@ def ask(
     loaded.model.config._name_or_path = loaded.name  # shown by `kvdb ls`: a short name rather than a cache folder
     started = time.perf_counter()
     with (
-        KVDB.open(store, read_mode=read_mode) as db,
+        KVDB.open(store, **opening) as db,
         attach(loaded.model, db, budget=limit, exact=exact) as kv,
     ):
-        result, shown = _answer(kv, loaded, prompt, max_new_tokens, name, console, as_json, started)
+        result, shown = _answer(kv, loaded, prompt, max_new_tokens, keep, console, as_json, started)
     if stats is not None:
         stats.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
     if as_json:
@@ -170,10 +190,12 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _check_store(store: Path, read_mode: str) -> None:
+def _check_store(store: Path) -> None:
     """Refuse what is no store; what is not there yet is created later, when there is something to store."""
     try:
-        KVDB.open(store, "r", read_mode=read_mode).close()
+        KVDB.open(store, "r").close()
+    except OlderFormat:  # opening it for writing upgrades it
+        pass
     except StoreNotFound:
         nearest = next(folder for folder in store.absolute().parents if os.path.lexists(folder))
         if not nearest.is_dir():
@@ -218,7 +240,7 @@ def _answer(
     loaded: LoadedModel,
     prompt: Prompt,
     max_new_tokens: int,
-    name: str | None,
+    keep: _Kept,
     console: Console,
     as_json: bool,
     started: float,
@@ -248,8 +270,8 @@ def _answer(
         done = time.perf_counter()
         if not as_json:
             _write("\n")
-        if name is not None:
-            kv.save(cache, name=name)
+        if keep.name is not None:
+            kv.save(cache, name=keep.name, ttl_s=keep.ttl_s)
     stats = cache.stats()
     result = Result(
         answer=stream.text.strip(),

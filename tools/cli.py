@@ -1,6 +1,6 @@
 """The `kvdb` command: options, help, and the one place where errors become a line and an exit code.
 
-Here stand only names and help texts; the work is in `ask` and `inspect`. Nothing imported here imports torch.
+Here stand only names and help texts; the work is in `ask`, `inspect` and `maintain`. Nothing imported here imports torch.
 KVDB_DEBUG=1 shows tracebacks.
 """
 
@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvdb import __version__
-from kvdb.tools import inspect
+from kvdb.tools import inspect, maintain
 from kvdb.tools.ask import ask as run_ask
 from kvdb.tools.output import BAD_INPUT, print_json, report_error
 
@@ -57,7 +57,19 @@ app: Final = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+HEALTH: Final = "Keep a store healthy"
+SPACE: Final = "Keep a store small"
+MOVE: Final = "Move sequences"
+
 Store = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
+StoreToWrite = Annotated[
+    Path, typer.Argument(metavar="STORE", help="Folder of the store; created if missing.", show_default=False)
+]
+_NAMING: Final = "Its name, its key, or a unique beginning of the key."
+OneSequence = Annotated[str, typer.Argument(metavar="SEQUENCE", help=_NAMING, show_default=False)]
+SomeSequence = Annotated[
+    str | None, typer.Argument(metavar="[SEQUENCE]", help=f"{_NAMING} Default: all.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -81,9 +93,7 @@ def _kvdb(
 
 @app.command(epilog='Example: kvdb ask notes.kvdb "What was decided?" --document notes.txt')
 def ask(
-    store: Annotated[
-        Path, typer.Argument(metavar="STORE", help="Folder of the store; created if missing.", show_default=False)
-    ],
+    store: StoreToWrite,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.", show_default=False)],
     document: Annotated[str, typer.Option(metavar="FILE", help="UTF-8 text, or - for stdin.", show_default=False)],
     model: Annotated[
@@ -104,9 +114,25 @@ def ask(
         str | None,
         typer.Option(metavar="NAME", help="Save prompt and answer under this name, which keeps them from eviction."),
     ] = None,
+    ttl: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Let what --name saves go after 90s, 30m, 12h or 7d.", show_default=False),
+    ] = None,
+    size_cap: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="As 'kvdb cap': most the store may take, such as 50GB.", show_default=False),
+    ] = None,
+    durability: Annotated[
+        Literal["commit", "relaxed"],
+        typer.Option(help="relaxed: commits do not wait for the disk; a power failure may lose the last ones."),
+    ] = "commit",
+    verify: Annotated[
+        Literal["first", "always", "never"], typer.Option(help="When stored KV is compared with its digests.")
+    ] = "first",
     read_mode: Annotated[
-        Literal["mmap", "pread"], typer.Option(help="How stored KV is read; pread for network file systems.")
-    ] = "mmap",
+        Literal["mmap", "pread"] | None,
+        typer.Option(help="How stored KV is read; pread for network file systems.", show_default="mmap on Linux"),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Threads to compute with; default: torch's choice.")
     ] = None,
@@ -129,7 +155,8 @@ def ask(
         exact=exact,
         max_new_tokens=max_new_tokens,
         name=name,
-        read_mode=read_mode,
+        ttl=ttl,
+        opening={"size_cap": size_cap, "durability": durability, "verify": verify, "read_mode": read_mode},
         threads=threads,
         stats=stats,
         as_json=as_json,
@@ -149,24 +176,135 @@ def info(store: Store, as_json: Json = False) -> None:
 
 
 @app.command(epilog="Example: kvdb verify notes.kvdb")
-def verify(store: Store, as_json: Json = False) -> None:
-    """Check every byte of a store; exits 1 if anything is wrong. Repairs nothing."""
-    raise typer.Exit(inspect.verify(store, as_json=as_json))
-
-
-@app.command(epilog="Example: kvdb rm notes.kvdb report")
-def rm(
+def verify(
     store: Store,
-    sequence: Annotated[
-        str,
-        typer.Argument(
-            metavar="SEQUENCE", help="Its name, its key, or a unique beginning of the key.", show_default=False
+    untrusted: Annotated[
+        bool,
+        typer.Option("--untrusted", help="For a store from somebody else: check in a process that can do no harm."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a store; exits 1 if anything is wrong.
+
+    It repairs nothing; 'kvdb repair' does.
+    """
+    raise typer.Exit((inspect.verify_unknown if untrusted else inspect.verify)(store, as_json=as_json))
+
+
+@app.command(epilog="Example: kvdb repair notes.kvdb --apply", rich_help_panel=HEALTH)
+def repair(
+    store: Store,
+    apply: Annotated[bool, typer.Option("--apply", help="Do it; otherwise only say what would be done.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make the catalog anew from the stored KV, whatever state it is in.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what is wrong with a store and what would mend it; --apply mends it.
+
+    Nothing is deleted: what is taken out goes to STORE/quarantine. Exits 1 if a dry run found problems, or if some are left.
+    """
+    raise typer.Exit(maintain.repair(store, apply=apply, rebuild=rebuild, as_json=as_json))
+
+
+@app.command(epilog="Example: kvdb compact notes.kvdb report", rich_help_panel=HEALTH)
+def compact(store: Store, sequence: SomeSequence = None, as_json: Json = False) -> None:
+    """Merge the small segments that appended turns leave, of one sequence or of all.
+
+    It needs room for a copy of what it merges. The old files go with a later write, or with 'kvdb gc'.
+    """
+    raise typer.Exit(maintain.compact(store, sequence, as_json=as_json))
+
+
+@app.command(epilog="Example: kvdb pin notes.kvdb report", rich_help_panel=SPACE)
+def pin(store: Store, sequence: OneSequence, as_json: Json = False) -> None:
+    """Keep a sequence: neither eviction, expiry nor rm takes it."""
+    raise typer.Exit(maintain.pin(store, sequence, pinned=True, as_json=as_json))
+
+
+@app.command(epilog="Example: kvdb unpin notes.kvdb report", rich_help_panel=SPACE)
+def unpin(store: Store, sequence: OneSequence, as_json: Json = False) -> None:
+    """Let a pinned sequence go again."""
+    raise typer.Exit(maintain.pin(store, sequence, pinned=False, as_json=as_json))
+
+
+@app.command(epilog="Example: kvdb rm notes.kvdb report", rich_help_panel=SPACE)
+def rm(store: Store, sequence: OneSequence, as_json: Json = False) -> None:
+    """Remove a sequence and the KV that only it uses."""
+    raise typer.Exit(maintain.remove(store, sequence, as_json=as_json))
+
+
+@app.command(epilog="Example: kvdb evict notes.kvdb --to 10GB", rich_help_panel=SPACE)
+def evict(
+    store: Store,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Stop when KV takes this much; default: go on while any may go.", show_default=False
         ),
+    ] = None,
+    named: Annotated[bool, typer.Option("--named", help="Named sequences may go too; pinned ones never do.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let unnamed KV go now, least recently used first.
+
+    Exits 1 if what must stay is more than SIZE.
+    """
+    raise typer.Exit(maintain.evict(store, to=to, named=named, as_json=as_json))
+
+
+@app.command(epilog="Example: kvdb cap notes.kvdb 50GB", rich_help_panel=SPACE)
+def cap(
+    store: Store,
+    size: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SIZE|unlimited]", help="Such as 50GB or 512MiB; nothing: show it.", show_default=False
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Bound what a store may take on disk, all its files counted.
+
+    The store remembers the bound. To keep it, unnamed KV goes, least recently used first. Exits 1 if what must stay is more
+    than SIZE.
+    """
+    raise typer.Exit(maintain.cap(store, size, as_json=as_json))
+
+
+@app.command(epilog="Example: kvdb gc notes.kvdb", rich_help_panel=SPACE)
+def gc(store: Store, as_json: Json = False) -> None:
+    """Remove now what only waits: expired sequences, deleted files."""
+    raise typer.Exit(maintain.gc(store, as_json=as_json))
+
+
+@app.command("export", epilog="Example: kvdb export notes.kvdb report report.zip", rich_help_panel=MOVE)
+def export_(
+    store: Store,
+    sequence: OneSequence,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A new file, a zip that Zarr can open.", show_default=False)
     ],
     as_json: Json = False,
 ) -> None:
-    """Remove a sequence and the KV that only it uses."""
-    raise typer.Exit(inspect.remove(store, sequence, as_json=as_json))
+    """Write a sequence, its KV included, to one file that another store can take in."""
+    raise typer.Exit(maintain.export_sequence(store, sequence, file, as_json=as_json))
+
+
+@app.command("import", epilog="Example: kvdb import notes.kvdb report.zip", rich_help_panel=MOVE)
+def import_(
+    store: StoreToWrite,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What 'kvdb export' wrote.", show_default=False)],
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another name than the one in the file.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Take in a sequence that 'kvdb export' wrote.
+
+    Every byte is verified before anything becomes visible.
+    """
+    raise typer.Exit(maintain.import_sequence(store, file, name=name, as_json=as_json))
 
 
 def main() -> None:

@@ -3,7 +3,10 @@ changes anything."""
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,30 +16,46 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from kvdb import files
 from kvdb.entries import Sequence
 from kvdb.errors import Damaged, OlderFormat, Problem, StoreNotFound
-from kvdb.store import KVDB, Mode
+from kvdb.identity import EXACT
+from kvdb.options import Mode
+from kvdb.store import KVDB
 from kvdb.tools.output import PROBLEM, print_json, print_problems, problems_json, stdout_console, visible, working
-from kvdb.tools.sizes import age_text, bytes_text, count_text, left_text
+from kvdb.tools.sizes import age_text, bytes_text, count_text, left_text, seconds_text
 
 KEY_SHOWN = 8
 """Characters of a key in a list: commands take any unique beginning of four or more."""
+_PATIENCE_S, _SLOWEST = 60.0, 20 << 20
+"""Longest look at an untrusted store: seconds, and bytes a second beyond that."""
 
 
 def open_store(store: Path, mode: Mode, **options: Any) -> KVDB:
-    """A store that must be there; errors say which command helps."""
-    try:
+    """A store that must be there."""
+    with advised(store):
         return KVDB.open(store, mode, **options)
+
+
+@contextmanager
+def advised(store: Path) -> Iterator[None]:
+    """Errors about a store as a whole say which command helps."""
+    try:
+        yield
     except StoreNotFound:
-        raise StoreNotFound(f"{store}: no store there, expected one; 'kvdb ask' creates it") from None
+        raise _nowhere(store) from None
     except OlderFormat as e:
         raise OlderFormat(f"{str(e).rpartition(';')[0]}; 'kvdb gc {store}' upgrades it") from None
+
+
+def _nowhere(store: Path) -> StoreNotFound:
+    return StoreNotFound(f"{store}: no store there, expected one; 'kvdb ask' creates it")
 
 
 def list_sequences(store: Path, *, as_json: bool) -> int:
     """All sequences, oldest first."""
     with open_store(store, "r") as db:
-        found = [(sequence, _kv_bytes(db, sequence)) for sequence in db.sequences()]
+        found = [(sequence, kv_bytes(db, sequence)) for sequence in db.sequences()]
         shared = db.info()["kv_bytes"]
         with db.catalog.begin() as txn:
             now = txn.now()  # store time, as in the entries
@@ -47,27 +66,31 @@ def list_sequences(store: Path, *, as_json: bool) -> int:
     if not found:
         console.print(_empty(store), soft_wrap=True)
         return 0
-    table = Table(box=box.SIMPLE_HEAD, border_style="dim", header_style="dim", pad_edge=False)
+    kept = any(sequence.pinned or sequence.expires is not None for sequence, _ in found)
+    lossy = any(sequence.fidelity != EXACT for sequence, _ in found)
+    table = Table(box=box.SIMPLE_HEAD, border_style="dim", header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("NAME", overflow="fold")
     table.add_column("KEY", no_wrap=True)
     table.add_column("TOKENS", justify="right", no_wrap=True)
     table.add_column("KV", justify="right", no_wrap=True)
-    table.add_column("FIDELITY", overflow="fold")
-    table.add_column("MODEL", overflow="fold")
     table.add_column("USED", no_wrap=True)
     table.add_column("HITS", justify="right", no_wrap=True)
-    table.add_column("EXPIRES", no_wrap=True)
-    for sequence, kv_bytes in found:
+    table.add_column("MODEL", overflow="fold")
+    if lossy:
+        table.add_column("FIDELITY", overflow="fold")
+    if kept:
+        table.add_column("EXPIRES", no_wrap=True)
+    for sequence, size in found:
         table.add_row(
             Text(visible(sequence.name), style="bold") if sequence.name else Text("-", style="dim"),
             Text(sequence.key[:KEY_SHOWN], style="cyan"),
             f"{sequence.tokens:,}",
-            bytes_text(kv_bytes) if kv_bytes is not None else Text("damaged", style="red"),
-            Text(visible(sequence.fidelity)),
-            Text(visible(_model_label(sequence.model))),
+            bytes_text(size) if size is not None else Text("damaged", style="red"),
             age_text(now - sequence.last_used),
             f"{sequence.hits:,}",
-            _expiry(sequence, now),
+            Text(visible(_model_label(sequence.model))),
+            *([Text(visible(sequence.fidelity))] if lossy else []),
+            *([_expiry(sequence, now)] if kept else []),
         )
     console.print(table)
     console.print(
@@ -108,7 +131,7 @@ def show_info(store: Path, *, as_json: bool) -> int:
         ("identities", f"{info['identities']:,}  (models, dtypes and salts whose KV is kept apart)"),
         ("KV", bytes_text(info["kv_bytes"])),
         ("on disk", f"{bytes_text(info['disk_bytes'])}, and {bytes_text(info['catalog_bytes'])} of catalog"),
-        ("used, all files", f"{bytes_text(info['used_bytes'])} of {cap_text(info['size_cap'])}"),
+        ("used, all files", used_text(info["used_bytes"], info["size_cap"])),
         ("written so far", f"{bytes_text(info['bytes_written'])}, of which {bytes_text(info['bytes_compacted'])} by compaction"),
         ("evicted so far", count_text(info["segments_evicted"], "segment")),
     ):  # fmt: skip
@@ -135,7 +158,7 @@ def verify(store: Path, *, as_json: bool) -> int:
     except Damaged as e:  # the catalog itself: there is no more to look at
         return _verdict(store, [Problem("catalog", "catalog", str(e))], {}, "the catalog", as_json=as_json)
     counts = {name: info[name] for name in ("sequences", "segments", "disk_bytes")}
-    rate = f" ({bytes_text(info['disk_bytes'] / seconds)}/s)" if seconds else ""
+    rate = f" ({bytes_text(info['disk_bytes'] / seconds)}/s)" if info["disk_bytes"] and seconds else ""
     return _verdict(store, problems, counts, read, rate=rate, as_json=as_json)
 
 
@@ -143,8 +166,13 @@ def verify_unknown(store: Path, *, as_json: bool) -> int:
     """As `verify`, for a store from somebody else: in a process that can do no harm."""
     from kvdb.untrusted import verify_untrusted
 
-    with working(f"checking {store} in a process of its own", interrupted="the check is not complete"):
-        problems = verify_untrusted(store)
+    if not os.path.lexists(store):
+        raise _nowhere(store)
+    size = files.tree_bytes(store)
+    timeout_s = _PATIENCE_S + size / _SLOWEST
+    what = f"checking {store} in a process of its own: {bytes_text(size)}, at most {seconds_text(timeout_s)}"
+    with working(what, interrupted="the check is not complete; nothing was changed"):
+        problems = verify_untrusted(store, timeout_s=timeout_s)
     return _verdict(store, problems, {}, str(store), as_json=as_json)
 
 
@@ -165,15 +193,19 @@ def _verdict(
     return 0
 
 
-def cap_text(size_cap: int | None) -> str:
-    return "unlimited" if size_cap is None else f"at most {bytes_text(size_cap)}"
+def used_text(used_bytes: int, size_cap: int | None) -> str:
+    return (
+        f"{bytes_text(used_bytes)}, no cap"
+        if size_cap is None
+        else f"{bytes_text(used_bytes)} of {bytes_text(size_cap)}"
+    )
 
 
 def _empty(store: Path) -> Text:
     return Text(f'{visible(str(store))} is empty; fill it with: kvdb ask {store} "a question" --document FILE')
 
 
-def _kv_bytes(db: KVDB, sequence: Sequence) -> int | None:
+def kv_bytes(db: KVDB, sequence: Sequence) -> int | None:
     """KV of a sequence, shared parts included; None where its segments are gone."""
     try:
         segments = db.segments(sequence.spans)
@@ -185,11 +217,11 @@ def _kv_bytes(db: KVDB, sequence: Sequence) -> int | None:
     )
 
 
-def _described(sequence: Sequence, kv_bytes: int | None) -> dict[str, object]:
+def _described(sequence: Sequence, size: int | None) -> dict[str, object]:
     fields: dict[str, object] = msgspec.to_builtins(sequence)
     fields["segments"] = len(sequence.spans)
     del fields["spans"]
-    return fields | {"kv_bytes": kv_bytes}
+    return fields | {"kv_bytes": size}
 
 
 def _model_label(model: str) -> str:

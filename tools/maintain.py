@@ -7,16 +7,18 @@ beside readers, so what it replaced goes with a later write or `gc`.) Ctrl-C lea
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 from rich.text import Text
 
+from kvdb import files
 from kvdb.entries import Sequence
 from kvdb.errors import InvalidInput
 from kvdb.repair import repair as run_repair
 from kvdb.sizes import parse_bytes
 from kvdb.store import KVDB, UNLIMITED
-from kvdb.tools.inspect import KEY_SHOWN, cap_text, open_store
+from kvdb.tools.inspect import KEY_SHOWN, advised, kv_bytes, open_store, used_text
 from kvdb.tools.output import PROBLEM, print_json, print_problems, problems_json, stdout_console, visible, working
 from kvdb.tools.sizes import bytes_text, count_text
 
@@ -25,6 +27,9 @@ def remove(store: Path, name_or_key: str, *, as_json: bool) -> int:
     """Forget one sequence; KV that others share stays."""
     with open_store(store, "r+", grace_s=0) as db:
         sequence = db.sequence(name_or_key)
+        if sequence.pinned:
+            label = _label(sequence)
+            raise InvalidInput(f"sequence {label}: pinned, expected one that may go; run 'kvdb unpin {store} {label}'")
         freed = db.delete(sequence.key)
     rest = "" if freed else "; other sequences share all of its KV"
     return _done(
@@ -75,15 +80,17 @@ def cap(store: Path, size: str | None, *, as_json: bool) -> int:
     why = "; what is left is named, pinned or the store's own: remove sequences or raise the cap" if over else ""
     return _done(
         {"store": str(store), "size_cap": size_cap, "used_bytes": used},
-        f"{bytes_text(used)} used of {cap_text(size_cap)}{why}",
+        f"used {used_text(used, size_cap)}{why}",
         as_json=as_json,
         code=PROBLEM if over else 0,
     )
 
 
 def gc(store: Path, *, as_json: bool) -> int:
+    before = files.tree_bytes(store)  # opening a store already removes what has waited long enough
     with open_store(store, "r+", grace_s=0) as db:
-        freed = db.gc()
+        db.gc()
+    freed = max(0, before - files.tree_bytes(store))
     return _done({"store": str(store), "freed_bytes": freed}, f"{bytes_text(freed)} freed", as_json=as_json)
 
 
@@ -105,7 +112,8 @@ def compact(store: Path, name_or_key: str | None, *, as_json: bool) -> int:
 def repair(store: Path, *, apply: bool, rebuild: bool, as_json: bool) -> int:
     """Exits 1 when a dry run found problems, or when some remain."""
     left = "repair it again with the same command" if apply else "nothing was changed"
-    with working(f"{'repairing' if apply else 'checking'} {store}", interrupted=f"repair did not end; {left}"):
+    what = f"{'repairing' if apply else 'checking'} {store}"
+    with advised(store), working(what, interrupted=f"repair did not end; {left}"):
         report = run_repair(store, apply=apply, rebuild=rebuild)
     unsolved = report.remaining if report.remaining is not None else report.problems
     if as_json:
@@ -128,8 +136,13 @@ def repair(store: Path, *, apply: bool, rebuild: bool, as_json: bool) -> int:
         print_problems(report.remaining)
     found = count_text(len(report.problems), "problem")
     if unsolved:
-        advice = "mend what is left by hand, or with --rebuild" if apply else f"do it with: kvdb repair {store} --apply"
-        console.print(Text(f"{found} found, {count_text(len(unsolved), 'problem')} left; {visible(advice)}", style="red"), soft_wrap=True)  # fmt: skip
+        again = f"kvdb repair {store} --apply{' --rebuild' if rebuild else ''}"
+        rest = (
+            f"{count_text(len(unsolved), 'problem')} left; try --rebuild, or mend it by hand"
+            if apply
+            else f"nothing was changed; mend it with: {visible(again)}"
+        )
+        console.print(Text(f"{found} found, {rest}", style="red"), soft_wrap=True)
         return PROBLEM
     kept = f"; what was taken out lies in {store / 'quarantine'}" if apply and report.actions else ""
     console.print(Text.assemble(("ok: ", "bold green"), f"{found} found, none left{visible(kept)}"), soft_wrap=True)
@@ -143,7 +156,8 @@ def export_sequence(store: Path, name_or_key: str, target: Path, *, as_json: boo
         raise InvalidInput(f"{target}: no folder {target.absolute().parent}, expected an existing one")
     with open_store(store, "r") as db:
         sequence = db.sequence(name_or_key)
-        with working(f"exporting {_label(sequence)} to {target}", interrupted=f"{target} was not written"):
+        what = f"exporting {_label(sequence)} to {target}: {bytes_text(kv_bytes(db, sequence) or 0)}"
+        with working(what, interrupted=f"{target} was not written"):
             written = db.export_sequence(sequence.key, target)
     return _done(
         {"store": str(store), "sequence": sequence.key, "file": str(target), "bytes": written},
@@ -154,8 +168,8 @@ def export_sequence(store: Path, name_or_key: str, target: Path, *, as_json: boo
 
 
 def import_sequence(store: Path, source: Path, *, name: str | None, as_json: bool) -> int:
-    if not source.is_file():
-        raise InvalidInput(f"{source}: no file there, expected one that 'kvdb export' wrote")
+    if not zipfile.is_zipfile(source):
+        raise InvalidInput(f"{source}: no zip file, expected one that 'kvdb export' wrote")
     what = f"importing {source}: {bytes_text(source.stat().st_size)}"
     with KVDB.open(store) as db, working(what, interrupted="nothing was imported"):
         sequence = db.sequence(db.import_sequence(source, name=name))

@@ -31,9 +31,9 @@ def parse_seconds(where: str, text: str) -> float:
 
     raises  InvalidInput for anything else, 0 included
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip(), re.ASCII)
     seconds = float(found[1]) * _DURATIONS[found[2]] if found else 0.0
-    if not seconds > 0:
+    if not 0 < seconds < float("inf"):
         raise InvalidInput(f"{where} {text}: expected a time above 0 such as 90s, 30m, 12h or 7d")
     return seconds
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdb import Sequence
-from kvdb.retention import RETENTION, Retention
+from kvdb.retention import RETENTION, Leaf, Retention
 
 every_policy = pytest.mark.parametrize("policy", RETENTION.values(), ids=RETENTION)
 
 
-def sequences() -> st.SearchStrategy[list[Sequence]]:
-    """Sequences with few distinct times, so that ties occur. Shrinks to none."""
-    times = st.integers(-2, 2).map(float)
-    one = st.builds(
-        Sequence,
-        key=st.integers(0, 2**32).map("{:032x}".format),
-        name=st.none() | st.just("n"),
-        identity=st.just(""),
-        tokens=st.just(1),
-        fidelity=st.just("exact"),
-        spans=st.just(()),
-        created=times,
-        last_used=times,
-        model=st.just(""),
+def leaves() -> st.SearchStrategy[Leaf]:
+    """Leaves with few distinct times and hits, so that ties occur. Shrinks to one that was never used."""
+    return st.builds(
+        Leaf,
+        segment=st.integers(0, 2**32).map("{:032x}".format),
+        last_used=st.integers(-2, 2).map(float),
+        hits=st.integers(0, 3),
+        start=st.integers(0, 4).map(lambda chunk: 16 * chunk),
+        tokens=st.integers(1, 64),
+        disk_bytes=st.integers(0, 2**40),
     )
-    return st.lists(one, unique_by=lambda s: s.key)
 
 
 @every_policy
@@ -36,30 +32,23 @@ def test_a_policy_is_in_the_table_under_its_name(policy: Retention) -> None:
 
 
 @every_policy
-@given(found=sequences())
-def test_exactly_the_unnamed_may_go_each_once(policy: Retention, found: list[Sequence]) -> None:
-    before = list(found)
-    order = policy.order(found)
-    assert sorted(s.key for s in order) == sorted(s.key for s in found if s.name is None)
-    assert found == before
+@given(some=st.lists(leaves(), min_size=1))
+def test_ranks_are_numbers_of_one_length_so_that_any_two_leaves_compare(policy: Retention, some: list[Leaf]) -> None:
+    ranks = [policy.rank(leaf) for leaf in some]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert not any(math.isnan(number) for rank in ranks for number in rank)
 
 
 @every_policy
-@given(found=sequences(), random=st.randoms(use_true_random=False))
-def test_the_order_does_not_depend_on_how_sequences_were_listed(
-    policy: Retention, found: list[Sequence], random: object
-) -> None:
-    shuffled = list(found)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert policy.order(shuffled) == policy.order(found)
+@given(leaf=leaves(), others=st.lists(leaves()))
+def test_a_rank_is_the_leafs_own_whatever_was_ranked_before(policy: Retention, leaf: Leaf, others: list[Leaf]) -> None:
+    first = policy.rank(leaf)
+    for other in others:
+        policy.rank(other)
+    assert policy.rank(leaf) == first
 
 
-@every_policy
-def test_nothing_goes_from_an_empty_store(policy: Retention) -> None:
-    assert policy.order([]) == []
-
-
-@given(found=sequences())
-def test_lru_never_keeps_an_older_use_before_a_newer_one(found: list[Sequence]) -> None:
-    used = [s.last_used for s in RETENTION["lru"].order(found)]
-    assert used == sorted(used)
+@given(a=leaves(), b=leaves())
+def test_lru_never_keeps_an_older_use_before_a_newer_one(a: Leaf, b: Leaf) -> None:
+    rank = RETENTION["lru"].rank
+    assert (rank(a) < rank(b)) == (a.last_used < b.last_used)

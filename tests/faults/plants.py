@@ -31,7 +31,13 @@ def _no_file_fsync(patch: Patch) -> None:
 
 
 def _no_directory_fsync(patch: Patch) -> None:
-    patch.setattr(files, "fsync_dir", lambda path: None)
+    real = files.fsync
+
+    def fsync(fd: int, path: Path) -> None:
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            real(fd, path)
+
+    patch.setattr(files, "fsync", fsync)
 
 
 def _commit_before_data(patch: Patch) -> None:

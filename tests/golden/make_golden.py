@@ -23,6 +23,8 @@ from kvdb import EXACT, KVDB, Geometry, Identity
 from kvdb.format import FORMAT_VERSION
 
 HERE: Final = Path(__file__).parent
+_LEFT_OUT: Final = ("lock.mdb", "write.lock", "ballast")
+"""Hold nothing between processes, and belong to a machine."""
 
 
 class Known(NamedTuple):
@@ -44,14 +46,19 @@ CONTENT: Final = (
     Known("two groups", token_list(33, 4), geometry=TWO_GROUPS, ident=identity("w1", dtype="float16")),
     Known("generated", token_list(20, 5), ident=identity("w0", salt="tenant"), fidelity="budget=0.1"),
 )
+SIZE_CAP: Final = 10**12
+"""From format 1 on."""
 
 
 def fill(path: Path) -> None:
-    """Store CONTENT in a new store."""
+    """Store CONTENT in a new store, with a pin, a cap and segments merged."""
     with KVDB.open(path, "w-") as db:
         for known in CONTENT:
             options: dict[str, Any] = known._asdict()
             extend(db, options.pop("tokens"), **options)
+        assert db.compact() > 0
+        db.pin("report")
+        db.set_size_cap(SIZE_CAP)
 
 
 def main() -> None:
@@ -60,7 +67,7 @@ def main() -> None:
         root = Path(folder) / "store"
         fill(root)
         for path in sorted(root.rglob("*")):
-            if path.name != "lock.mdb":  # holds nothing between processes, and belongs to a machine
+            if path.name not in _LEFT_OUT:
                 archive.write(path, path.relative_to(root))
     print(target)
 

@@ -10,18 +10,20 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import flip, opened
+from helpers import assert_reads_back, extend, flip, opened, token_list, tree_bytes
 from typer.testing import CliRunner
 
-from kvdb import KVDB
+from kvdb import KVDB, format
+from kvdb.errors import InvalidInput
 from kvdb.tools import inspect as inspect_module
 from kvdb.tools.cli import app
 from kvdb.tools.prompt import build_prompt
-from kvdb.tools.sizes import age_text, bytes_text, seconds_text, share_text
+from kvdb.tools.sizes import age_text, bytes_text, count_text, left_text, parse_seconds, seconds_text, share_text
 
 FIELDS = [
     "answer", "prompt_tokens", "reused_tokens", "prefill_seconds", "restore_seconds", "time_to_first_token_seconds",
@@ -111,7 +113,7 @@ def test_the_second_process_reuses_what_the_first_one_stored(tiny: Path, documen
     store = tmp_path / "a.kvdb"
     job = ("--document", document, "--model", tiny, "--budget", "0.2", "--max-new-tokens", 20, "--json")
 
-    first = asked(kvdb("ask", store, "Who jumps?", *job, "--name", "fox"))
+    first = asked(kvdb("ask", store, "Who jumps?", *job, "--name", "fox", "--ttl", "7d", "--size-cap", "1GB"))
     assert list(first) == FIELDS
     assert first["reused_tokens"] == 0
     assert 1 <= first["decode_tokens"] <= 20
@@ -120,18 +122,21 @@ def test_the_second_process_reuses_what_the_first_one_stored(tiny: Path, documen
     assert first["time_to_first_token_seconds"] >= first["prefill_seconds"] > 0
     assert 0 < first["mass_covered_estimate"] <= 1
 
-    again = asked(kvdb("ask", store, "Who jumps?", *job))
+    again = asked(kvdb("ask", store, "Who jumps?", *job, "--verify", "always"))
     assert again["reused_tokens"] == again["prompt_tokens"] - 1
     assert again["answer"] == first["answer"]
     assert again["mass_covered_estimate"] == pytest.approx(first["mass_covered_estimate"])
 
-    other = asked(kvdb("ask", store, "What is the meaning of line 12?", *job, "--read-mode", "pread"))
+    options = ("--read-mode", "pread", "--durability", "relaxed")
+    other = asked(kvdb("ask", store, "What is the meaning of line 12?", *job, *options))
     assert len(DOCUMENT) < other["reused_tokens"] < other["prompt_tokens"] - 1
 
     code, out, _ = here("ls", store, "--json")
     sequences = json.loads(out)["sequences"]
     assert code == 0
-    assert [s["name"] for s in sequences].count("fox") == 1
+    (fox,) = (s for s in sequences if s["name"] == "fox")
+    assert fox["expires"] - fox["created"] == pytest.approx(7 * 86400)
+    assert json.loads(here("info", store, "--json")[1])["size_cap"] == 10**9
     assert {s["model"] for s in sequences} == {tiny.name}
     code, out, _ = here("verify", store)
     assert (code, out[:3]) == (0, "ok:")
@@ -266,6 +271,9 @@ def bad_input(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
         "folder as document": (ask(new, document=notes), f"document {notes}: Is a directory"),
         "binary document": (ask(new, document=binary), f"document {binary}: byte 0xff at offset 3 is not UTF-8"),
         "name": (ask(new, "--name", "a\tb"), r"sequence: name is 'a\tb', expected 1..512 printable characters"),
+        "ttl without a name": (ask(new, "--ttl", "7d"), "--ttl 7d: no --name, expected one"),
+        "ttl": (ask(new, "--ttl", "7", "--name", "a"), "--ttl 7: expected a time above 0 such as 90s, 30m, 12h or 7d"),
+        "size cap": (ask(new, "--size-cap", "lots"), "--size-cap is 'lots', expected bytes such as"),
         "stats": (ask(new, "--stats", tmp_path / "no" / "s.json"), f"no folder {tmp_path / 'no'}, expected an existing"),
         "store is a file": (ask(text), f"{text}: a file, expected a folder with kvdb.json"),
         "store below a file": (ask(text / "a.kvdb"), f"{text} is a file, expected a folder"),
@@ -275,7 +283,17 @@ def bad_input(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
         "ls of nothing": (["ls", new], f"{new}: no store there, expected one; 'kvdb ask' creates it"),
         "info of a file": (["info", text], f"{text}: a file, expected a folder with kvdb.json"),
         "verify of nothing": (["verify", new], f"{new}: no store there"),
+        "verify --untrusted of nothing": (["verify", new, "--untrusted"], f"{new}: no store there"),
         "rm in nothing": (["rm", new, "x"], f"{new}: no store there"),
+        "gc of nothing": (["gc", new], f"{new}: no store there"),
+        "repair of nothing": (["repair", new], f"{new}: no kvdb.json, expected a store"),
+        "cap of nothing": (["cap", new, "1GB"], f"{new}: no store there"),
+        "cap": (["cap", new, "a lot"], "SIZE is 'a lot', expected bytes such as"),
+        "evict": (["evict", new, "--to", "-3"], "--to is '-3', expected bytes such as"),
+        "export over a file": (["export", new, "x", text], f"{text}: exists, expected a new file"),
+        "export into nothing": (["export", new, "x", new / "x.zip"], f"no folder {new}, expected an existing one"),
+        "import of text": (["import", new, text], f"{text}: no zip file, expected one that 'kvdb export' wrote"),
+        "import of nothing": (["import", new, tmp_path / "gone"], f"{tmp_path / 'gone'}: no zip file"),
     }  # fmt: skip
 
 
@@ -347,15 +365,13 @@ def test_an_empty_store_says_how_to_fill_it(tmp_path: Path) -> None:
 
 
 def test_verify_exits_with_1_and_rm_frees_the_bytes(tmp_path: Path) -> None:
-    from helpers import extend, token_list
-
     store = tmp_path / "a.kvdb"
     with opened(store) as db:
         extend(db, token_list(100), name="first")
         key = extend(db, token_list(60, seed=1)).key
     code, out, _ = here("ls", store)
     assert code == 0
-    assert [line.split()[:3] for line in out.splitlines() if "exact" in line] == [
+    assert [line.split()[:3] for line in out.splitlines() if "a test" in line] == [
         ["first", json.loads(here("ls", store, "--json")[1])["sequences"][0]["key"][:8], "100"],
         ["-", key[:8], "60"],
     ]
@@ -370,8 +386,6 @@ def test_verify_exits_with_1_and_rm_frees_the_bytes(tmp_path: Path) -> None:
     with KVDB.open(store, "r") as db:
         (sequence,) = db.sequences()
         array = db.segments(sequence.spans)[0].info.array_names()[0]
-    from kvdb import format
-
     flip(store / "chunks" / array / format.SHARD_KEY, 5)
     code, out, _ = here("verify", store)
     assert code == 1
@@ -384,18 +398,248 @@ def test_verify_exits_with_1_and_rm_frees_the_bytes(tmp_path: Path) -> None:
     assert problem["kind"] == "record"
 
 
+# -- keeping a store small
+
+
+def said(*arguments: object, code: int = 0) -> dict[str, Any]:
+    """What a command prints with --json."""
+    found, out, err = here(*arguments, "--json")
+    assert (found, err) == (code, ""), out
+    described: dict[str, Any] = json.loads(out)
+    return described
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A named sequence, an unnamed one, and a conversation of nine turns, each a segment."""
+    path, chat = tmp_path / "a.kvdb", token_list(360, seed=2)
+    with opened(path) as db:
+        extend(db, token_list(100), name="first")
+        extend(db, token_list(60, seed=1))
+        for stop in range(40, 400, 40):
+            extend(db, chat[:stop], name="chat")
+    return path
+
+
+def names(store: Path) -> list[str | None]:
+    return [s["name"] for s in said("ls", store)["sequences"]]
+
+
+def test_pins_expiry_and_hits_are_listed(store: Path) -> None:
+    with opened(store) as db:
+        db.touch(db.sequence("first").spans)
+        mortal = extend(db, token_list(50, seed=5))
+        db.put_sequence(mortal.last, 50, name="mortal", model="a test", ttl_s=7300)
+    assert said("pin", store, "first")["pinned"] is True
+    code, out, _ = here("ls", store)
+    rows = {line.split()[0]: line for line in out.splitlines() if "a test" in line}
+    assert code == 0
+    assert rows["first"].split()[-1] == "pinned"
+    assert rows["first"].split()[7] == "1"  # name, key, tokens, KV and its unit, two words of age, hits
+    assert rows["mortal"].rstrip().endswith("in 2 h")
+    (listed,) = (s for s in said("ls", store)["sequences"] if s["name"] == "mortal")
+    assert listed["expires"] == pytest.approx(listed["created"] + 7300)
+    assert here("info", store)[1].splitlines()[4].split(maxsplit=1)[1].strip() == "13, of which 3 named and 1 pinned"
+
+
+def test_a_pinned_sequence_stays_until_it_is_unpinned_and_rm_frees_at_once(store: Path) -> None:
+    here("pin", store, "first")
+    code, _, err = here("rm", store, "first")
+    assert (code, err.count("pinned, expected one that may go; run 'kvdb unpin")) == (2, 1)
+    assert said("evict", store, "--named")["disk_bytes"] > 0
+    assert names(store) == ["first"]
+    assert said("unpin", store, "first")["pinned"] is False
+    assert said("rm", store, "first")["freed_bytes"] > 0
+    assert said("info", store)["segments"] == 0
+    assert list((store / "trash").iterdir()) == []
+    assert here("verify", store)[0] == 0
+
+
+def test_evict_takes_what_has_no_name_and_says_when_that_is_not_enough(store: Path) -> None:
+    before = said("info", store)["disk_bytes"]
+    assert said("evict", store, "--to", before) == {
+        "store": str(store), "lost_kv": [], "freed_bytes": 0, "disk_bytes": before,
+    }  # fmt: skip
+    found = said("evict", store)
+    assert (len(found["lost_kv"]), found["freed_bytes"] + found["disk_bytes"]) == (1, before)
+    assert {"first", "chat"} <= set(names(store))
+    code, out, _ = here("evict", store, "--to", "1kB")
+    assert code == 1
+    assert "more than 1.0 KiB: the rest is named or pinned" in out
+    assert said("evict", store, "--named", "--to", "0")["disk_bytes"] == 0
+    assert names(store) == []
+
+
+def test_the_cap_is_kept_shown_and_taken_away(store: Path, tmp_path: Path) -> None:
+    assert said("cap", store)["size_cap"] is None
+    assert said("cap", store, "5MiB")["size_cap"] == 5 << 20
+    assert "of 5.0 MiB" in here("cap", store)[1]
+    code, out, _ = here("cap", store, "200kB")
+    assert code == 1
+    assert "what is left is named, pinned or the store's own: remove sequences or raise the cap" in out
+    assert said("info", store)["segments_evicted"] == 1  # the sequence without a name
+    exported = tmp_path / "chat.zip"
+    here("export", store, "chat", exported)
+    with opened(tmp_path / "full.kvdb") as db:
+        db.set_size_cap("100kB")
+    assert said("import", tmp_path / "full.kvdb", exported, code=1)["error"]["kind"] == "storage-full"
+    assert said("cap", store, "unlimited")["size_cap"] is None
+
+
+def test_compaction_makes_few_segments_of_many_turns_and_gc_frees_the_rest(store: Path) -> None:
+    before = said("info", store)
+    found = said("compact", store, "chat")
+    assert before["segments"] - found["segments"] == found["segments_saved"] >= 6
+    assert found["copied_bytes"] > 0
+    with opened(store, "r") as db:
+        assert_reads_back(db, token_list(360, seed=2), db.sequence("chat").spans)
+    with opened(store) as db:
+        mortal = extend(db, token_list(50, seed=5))
+        db.put_sequence(mortal.last, 50, name="mortal", ttl_s=1e-6, replaces=mortal.key)
+    held = said("info", store)["disk_bytes"]
+    assert said("gc", store)["freed_bytes"] > 0
+    assert said("info", store)["disk_bytes"] < held
+    assert "mortal" not in names(store)
+    assert list((store / "trash").iterdir()) == []
+    assert said("compact", store)["segments_saved"] == 0
+
+
+# -- keeping a store healthy
+
+
+def damage(store: Path, name: str) -> None:
+    """Flip a bit in the first segment of a sequence."""
+    with KVDB.open(store, "r") as db:
+        array = db.segments(db.sequence(name).spans)[0].info.array_names()[0]
+    flip(store / "chunks" / array / format.SHARD_KEY, 5)
+
+
+def test_repair_changes_nothing_until_it_is_told_to(store: Path) -> None:
+    assert here("repair", store) == (0, "ok: 0 problems found, none left\n", "")
+    damage(store, "first")
+    before = tree_bytes(store / "chunks") | tree_bytes(store / "names")
+    code, out, _ = here("repair", store)
+    assert code == 1
+    assert "would: forget name 'first': 0 of its 100 tokens stay" in out
+    assert out.splitlines()[-1].endswith(f"nothing was changed; mend it with: kvdb repair {store} --apply")
+    assert said("repair", store, code=1)["remaining"] is None
+    assert tree_bytes(store / "chunks") | tree_bytes(store / "names") == before
+
+    found = said("repair", store, "--apply")
+    assert (len(found["problems"]), found["remaining"]) == (1, [])
+    assert any(action.startswith("quarantine segment ") for action in found["actions"])
+    assert "first" not in names(store)
+    assert {p.suffix for p in (store / "quarantine").iterdir()} >= {".kv0", ".box0"}
+    assert said("repair", store, "--apply") == {
+        "store": str(store), "applied": True, "problems": [], "actions": [], "remaining": [],
+    }  # fmt: skip
+    assert here("verify", store)[0] == 0
+
+
+def test_a_lost_catalog_is_a_problem_for_verify_and_made_anew_by_repair(store: Path) -> None:
+    here("pin", store, "first")
+    (store / "catalog" / "data.mdb").unlink()
+    code, out, _ = here("verify", store)
+    assert (code, out.splitlines()[-1]) == (1, "1 problem in the catalog; 'kvdb repair' says what can be done")
+    assert [p["kind"] for p in said("verify", store, code=1)["problems"]] == ["catalog"]
+    assert here("ls", store)[0] == 1
+    assert here("repair", store, "--apply", "--rebuild")[0] == 0
+    with opened(store, "r") as db:
+        assert_reads_back(db, token_list(100), db.sequence("first").spans)
+        assert_reads_back(db, token_list(360, seed=2), db.sequence("chat").spans)
+
+
+def test_a_store_from_elsewhere_is_verified_in_a_process_that_leaves_it_as_it_is(store: Path) -> None:
+    before = tree_bytes(store)
+    code, out, err = here("verify", store, "--untrusted")
+    assert (code, err) == (0, ""), out
+    assert tree_bytes(store) == before
+    damage(store, "first")
+    assert [p["kind"] for p in said("verify", store, "--untrusted", code=1)["problems"]] == ["record"]
+
+
+def test_an_old_store_is_refused_with_advice_that_works(tmp_path: Path) -> None:
+    store = tmp_path / "old.kvdb"
+    with zipfile.ZipFile(Path(__file__).parents[1] / "golden" / "v0.zip") as archive:
+        archive.extractall(store)
+    before = tree_bytes(store)
+    for command in ("ls", "info", "verify", "repair"):
+        code, _, err = here(command, store)
+        assert (code, err) == (2, f"error: {store}: store of format 0, expected 1; 'kvdb gc {store}' upgrades it\n")
+    assert tree_bytes(store) == before
+    assert here("gc", store)[0] == 0
+    assert here("verify", store)[0] == 0
+
+
+# -- moving sequences
+
+
+def test_a_sequence_travels_in_one_file(store: Path, tmp_path: Path) -> None:
+    file, other = tmp_path / "chat.zip", tmp_path / "b.kvdb"
+    assert said("export", store, "chat", file)["bytes"] == file.stat().st_size
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert here("export", store, "chat", file)[0] == 2
+    assert said("import", other, file)["name"] == "chat"
+    assert said("import", other, file, "--name", "again")["tokens"] == 360
+    with opened(other, "r") as db:
+        assert len(db.sequences()) == 2
+        assert_reads_back(db, token_list(360, seed=2), db.sequence("again").spans)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, _, err = here("import", tmp_path / "c.kvdb", file)
+    assert (code, err.count("error: ")) == (1, 1)
+    with opened(tmp_path / "c.kvdb") as db:
+        assert db.sequences() == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.kvdb", "b.kvdb", "c.kvdb", "chat.zip"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "message"),
+    [
+        (["verify"], "kvdb.store.check_store", "the check is not complete; nothing was changed"),
+        (["repair"], "kvdb.repair.check_store", "repair did not end; nothing was changed"),
+        (["repair", "--apply"], "kvdb.repair.check_store", "repair did not end; repair it again with the same command"),
+        (["compact"], "kvdb.compact._merge", "what was merged so far stays; the same command goes on from there"),
+        (["export", "chat", "x.zip"], "kvdb.portable._put", "x.zip was not written"),
+        (["import", "y.zip"], "kvdb.portable._extract", "nothing was imported"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_ctrl_c_says_what_is_left_and_leaves_a_whole_store(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], where: str, message: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    assert here("export", store, "chat", "y.zip")[0] == 0
+    command, *rest = arguments
+    target = tmp_path / "b.kvdb" if command == "import" else store
+    with monkeypatch.context() as patched:
+        patched.setattr(where, interrupted)
+        assert here(command, target, *rest) == (130, "", f"interrupted: {message}\n")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".kvdb") == ["y.zip"]
+    with opened(target):
+        pass
+
+
 # -- help and start
 
 
-@pytest.mark.parametrize("command", [[], ["ask"], ["ls"], ["info"], ["verify"], ["rm"]], ids=" ".join)
-def test_every_help_has_an_example(command: list[str]) -> None:
-    code, out, _ = here(*command, "--help")
-    assert code == 0
-    assert f"Example: kvdb {' '.join(command) or 'ask'} notes.kvdb" in out
+def test_every_help_has_an_example() -> None:
+    names = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
+    assert names == [
+        "ask", "cap", "compact", "evict", "export", "gc", "import", "info", "ls", "pin", "repair", "rm", "unpin", "verify",
+    ]  # fmt: skip
+    for command in ([], *([name] for name in names)):
+        code, out, _ = here(*command, "--help")
+        assert code == 0
+        assert f"Example: kvdb {' '.join(command) or 'ask'} notes.kvdb" in out
 
 
 def test_the_version_is_printed() -> None:
-    assert here("--version") == (0, "kvdb 0.1.0\n", "")
+    assert here("--version") == (0, "kvdb 0.2.0\n", "")
 
 
 def test_listing_a_store_waits_for_no_torch(tmp_path: Path) -> None:
@@ -405,6 +649,13 @@ def test_listing_a_store_waits_for_no_torch(tmp_path: Path) -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'zarr')))"
     )
     assert subprocess.run([sys.executable, "-c", code, "ls", tmp_path / "a.kvdb"], check=False).returncode == 0
+
+
+def test_times_are_read_as_people_write_them() -> None:
+    assert [parse_seconds("--ttl", text) for text in ("90s", "1.5m", "12h", " 7d ")] == [90, 90, 43200, 604800]
+    for wrong in ("", "7", "0s", "-1h", "h", "1w", "1e3s", "nan"):
+        with pytest.raises(InvalidInput, match="expected a time above 0"):
+            parse_seconds("--ttl", wrong)
 
 
 def test_numbers_are_readable() -> None:
@@ -417,4 +668,8 @@ def test_numbers_are_readable() -> None:
     assert [age_text(s) for s in (-5, 59, 300, 7200, 864000)] == [
         "just now", "just now", "5 min ago", "2 h ago", "10 days ago",
     ]  # fmt: skip
+    assert [left_text(s) for s in (-5, 0, 40, 300, 7200, 864000)] == [
+        "expired", "expired", "in 40 s", "in 5 min", "in 2 h", "in 10 days",
+    ]  # fmt: skip
+    assert [count_text(n, "segment") for n in (0, 1, 1200)] == ["0 segments", "1 segment", "1,200 segments"]
     assert [share_text(s) for s in (0, 0.0001, 0.2014, 0.99999, 1)] == ["0 %", "< 0.1 %", "20.1 %", "99.9 %", "100 %"]

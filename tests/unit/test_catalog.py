@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import lmdb
 import pytest
-from helpers import extend, finish, identity, opened, python, token_list, write_segment
+from helpers import assert_reads_back, extend, finish, identity, opened, python, token_list, write_segment
 
 from kvdb import KVDB
 from kvdb.catalog import Catalog
 from kvdb.entries import spans_of
+from kvdb.environment import TABLES
 from kvdb.errors import Damaged, PrefixDeleted, SequenceNotFound, StoreError
+from kvdb.repair import repair
 
 
-def rewrite(path: Path, table: str, change: int) -> None:
-    """Flip a bit of byte `change` in every entry of a table, as a failing disk might."""
-    env = lmdb.open(str(path / "catalog"), max_dbs=6)
+def rewrite(path: Path, table: str, change: int, *, only: bytes | None = None) -> None:
+    """Flip a bit of byte `change` in every entry of a table, or in one, as a failing disk might."""
+    env = lmdb.open(str(path / "catalog"), max_dbs=len(TABLES))
     db = env.open_db(table.encode(), dupsort=table == "tree")
     with env.begin(write=True, db=db) as txn:
-        entries = list(txn.cursor())
+        entries = [(key, value) for key, value in txn.cursor() if only in (None, key)]
+        assert entries
         for key, value in entries:
             txn.delete(key, value)
         for key, value in entries:
@@ -52,24 +56,70 @@ def _use_everything(db: KVDB) -> None:
     db.identity(identity().digest().hex())
 
 
+@pytest.mark.parametrize("table", ["uses", "moved", "unsynced", "meta"])
+def test_a_changed_entry_that_readers_never_ask_for_is_found_by_check_and_mended(tmp_path: Path, table: str) -> None:
+    tokens = token_list(96)
+    with KVDB.open(tmp_path / "s", durability="relaxed") as db:
+        extend(db, tokens[:32])
+        extend(db, tokens[:64])
+        assert db.compact() == 1
+        extend(db, tokens)
+        shutil.copytree(tmp_path / "s", tmp_path / "copy")  # as a crash leaves it: not synced
+    rewrite(tmp_path / "copy", table, 9)
+    with KVDB.open(tmp_path / "copy", "r") as db:
+        assert f"catalog table {table}" in {problem.loc for problem in db.check()}
+    assert repair(tmp_path / "copy", apply=True).remaining == []
+    with opened(tmp_path / "copy") as db:
+        assert db.match(identity(), tokens).tokens == 96
+
+
+@pytest.mark.parametrize("key", ["counters", "clock", "limits", "next expiry", "totals:names", "totals:tree"])
+def test_damaged_facts_about_the_store_stop_no_reader(tmp_path: Path, key: str) -> None:
+    with opened(tmp_path / "s") as db:
+        db.set_size_cap("1GB")
+        stored = extend(db, token_list(40), name="a")
+        db.put_sequence(stored.last, 40, name="b", ttl_s=1000)
+    rewrite(tmp_path / "s", "meta", 9, only=key.encode())
+    with KVDB.open(tmp_path / "s", "a") as db:
+        assert "damaged-entry" in {problem.kind for problem in db.check()}
+        assert_reads_back(db, token_list(40), db.match(identity(), token_list(40)).spans)
+    assert repair(tmp_path / "s", apply=True).remaining == []
+    with opened(tmp_path / "s", "r") as db:
+        assert {s.name for s in db.sequences()} == {"a", "b"}
+
+
 def test_an_entry_moved_to_another_key_is_damage(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as db:
         extend(db, token_list(40))
         extend(db, token_list(40, seed=1))
-    env = lmdb.open(str(tmp_path / "s" / "catalog"), max_dbs=6)
+    env = lmdb.open(str(tmp_path / "s" / "catalog"), max_dbs=len(TABLES))
     with env.begin(write=True, db=env.open_db(b"segments")) as txn:
         (a, first), (b, second) = list(txn.cursor())
         txn.put(a, second)
         txn.put(b, first)
     env.close()
-    with KVDB.open(tmp_path / "s", "r") as db, pytest.raises(Damaged, match="does not match"):
-        db.info()
+    with KVDB.open(tmp_path / "s", "r") as db, db.catalog.begin() as view:
+        with pytest.raises(Damaged, match=f"entry {a.hex()}: xxh3 is"):
+            view.segments()
 
 
 def delete_and_fail(db: KVDB, key: str) -> None:
     with db.catalog.begin(write=True) as txn:
         txn.remove_sequence(txn.sequence(key))
         raise ZeroDivisionError
+
+
+def test_a_listing_that_misses_an_entry_is_damage(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        extend(db, token_list(40))
+        extend(db, token_list(40, seed=1))
+    env = lmdb.open(str(tmp_path / "s" / "catalog"), max_dbs=len(TABLES))
+    with env.begin(write=True) as txn, txn.cursor(db=env.open_db(b"sequences", txn=txn)) as cursor:
+        assert cursor.first()
+        cursor.delete()
+    env.close()
+    with KVDB.open(tmp_path / "s", "r") as db, pytest.raises(Damaged, match=r"1 entries, root .*expected 2"):
+        db.sequences()
 
 
 def test_what_a_failing_transaction_wrote_is_gone(tmp_path: Path) -> None:
@@ -103,22 +153,21 @@ def test_a_closed_catalog_says_so(tmp_path: Path) -> None:
         db.sequences()
 
 
-def test_a_forked_handle_says_so(tmp_path: Path) -> None:
+def test_a_forked_handle_opens_the_catalog_anew_and_both_go_on(tmp_path: Path) -> None:
     code = """
 import os, sys
-from kvdb import KVDB
-from kvdb.errors import StoreError
-db = KVDB.open(sys.argv[1])
-child = os.fork()
-if child == 0:
-    try:
-        db.sequences()
-    except StoreError as e:
-        os._exit(7 if "opened in process" in str(e) else 8)
-    os._exit(9)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+from helpers import KVDB, extend, token_list
+with KVDB.open(sys.argv[1]) as db:
+    extend(db, token_list(40))
+    child = os.fork()
+    if child == 0:
+        extend(db, token_list(40, 1))
+        os._exit(len(db.sequences()))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    extend(db, token_list(40, 2))
+    print(len(db.sequences()))
 """
-    assert finish(python(code, str(tmp_path / "s"))).strip() == "7"
+    assert finish(python(code, str(tmp_path / "s"))).split() == ["2", "3"]
 
 
 def test_the_catalog_is_private_under_any_umask(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def test_kinds_are_unique_and_stable() -> None:
         "StoreNotFound": "store-not-found",
         "NotAStore": "not-a-store",
         "NewerFormat": "newer-format",
+        "OlderFormat": "older-format",
         "PrefixDeleted": "prefix-deleted",
         "ReadOnly": "read-only",
         "StoreLocked": "locked",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvdb import files
-from kvdb.errors import StorageFull, StoreLocked
+from kvdb.errors import Damaged, StorageFull, StoreLocked
 
 
 @pytest.fixture(params=[0o000, 0o077, 0o777], ids=lambda mask: f"umask{mask:03o}")
@@ -118,6 +119,107 @@ def test_a_lock_is_held_until_its_descriptor_is_closed(tmp_path: Path) -> None:
     files.close(files.lock(tmp_path / "lock", timeout_s=0, create=False))
     with pytest.raises(FileNotFoundError):
         files.lock(tmp_path / "none", timeout_s=0, create=False)
+
+
+def test_readers_of_a_lock_share_it_and_keep_writers_out(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    one, two = (files.lock(tmp_path / "lock", timeout_s=0, shared=True) for _ in range(2))
+    with pytest.raises(StoreLocked):
+        files.lock(tmp_path / "lock", timeout_s=0)
+    files.close(one)
+    files.close(two)
+    files.close(files.lock(tmp_path / "lock", timeout_s=0))
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "device"])
+def test_what_is_no_regular_file_is_damage_and_nobody_waits_for_it(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    if kind == "link":
+        (tmp_path / "precious").write_bytes(b"mine")
+        path.symlink_to(tmp_path / "precious")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/zero")
+    with pytest.raises(Damaged, match=r"expected (a regular file|one)"):
+        files.read_file(path)
+
+
+def test_a_file_longer_than_it_may_be_is_not_read(tmp_path: Path) -> None:
+    files.write_new(tmp_path / "file", b"12345")
+    assert files.read_file(tmp_path / "file", limit=5) == b"12345"
+    with pytest.raises(Damaged, match="5 bytes, expected at most 4"):
+        files.read_file(tmp_path / "file", limit=4)
+
+
+@pytest.mark.parametrize(("size", "at_least", "after"), [(10, 5, 8), (10, 9, 10), (6, 3, 8)])
+def test_extending_adds_a_sparse_tail_where_one_is_missing_and_never_cuts(
+    tmp_path: Path, size: int, at_least: int, after: int
+) -> None:
+    path = tmp_path / "file"
+    files.write_new(path, b"8 bytes.")
+    files.extend(path, size, at_least=at_least)
+    assert path.stat().st_size == after
+    assert path.read_bytes()[:8] == b"8 bytes."
+
+
+def test_a_hole_costs_nothing_unless_it_is_reserved(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    fd = files.open_excl(path)
+    files.truncate(fd, 64 << 20, path)
+    files.close(fd)
+    assert files.disk_bytes(path) == 0
+    assert files.tree_bytes(path.parent) < 1 << 20
+    assert files.tree_bytes(path.parent, reserved=True) >= 64 << 20
+
+
+def test_a_second_name_never_replaces_a_first(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        files.write_new(tmp_path / name, name.encode())
+    with pytest.raises(FileExistsError):
+        files.link(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two").read_bytes() == b"two"
+
+
+def test_trees_are_forced_to_disk_file_by_file_and_then_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "fsync", lambda fd, path: synced.append(path))
+    expected = []
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        expected += [tmp_path / name / "file", tmp_path / name]
+    files.fsync_trees([tmp_path / name for name in "abc"])
+    assert sorted(synced) == sorted(expected)
+
+
+def test_a_failing_fsync_of_a_tree_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(fd: int, path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        files.fsync_trees([tmp_path])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MADV_POPULATE_READ is Linux's")
+def test_pages_that_cannot_be_read_are_an_error_and_no_signal(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_new(path, bytes(8192))
+    fd = files.open_read(path)
+    view = files.mmap(fd, 8192)
+    files.populate(view, 0, 8192)
+    os.truncate(path, 4096)
+    files.populate(view, 0, 4096)
+    with pytest.raises(OSError, match="Bad address"):
+        files.populate(view, 4096, 4096)
+    view.close()
+    files.close(fd)
 
 
 def test_a_map_sees_later_writes_and_outlives_the_name(tmp_path: Path) -> None:

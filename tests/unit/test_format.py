@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from typing import Any
 
 import google_crc32c
 import msgspec
@@ -16,7 +17,7 @@ from strategies import DTYPES, finite_kv, geometries, seeds
 
 from kvdb import format
 from kvdb.codecs import Raw
-from kvdb.errors import Damaged
+from kvdb.errors import Damaged, InvalidInput
 from kvdb.format import CodecSpec, SegmentInfo
 from kvdb.geometry import Geometry
 
@@ -94,6 +95,35 @@ def test_parsing_inverts_building_metadata(geometry: Geometry) -> None:
         assert list(found.sections) == ["digests"]
         abstract = format.abstract_metadata(info, group, "box", 2, ["00", "11"])
         assert format.abstract_digests(abstract, "here") == ["00", "11"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"segment": "AB" * 16},
+        {"segment": "../" + "a" * 29},
+        {"parent": "x"},
+        {"identity": "ab"},
+        {"start": 8, "parent": "cd" * 16},
+        {"start": 16},
+        {"parent": "cd" * 16},
+        {"tokens": 0},
+        {"tokens": 49},
+        {"capacity": 0},
+        {"capacity": 1025},
+        {"abstracts": ("../box",)},
+    ],
+    ids=str,
+)
+def test_a_description_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match="expected"):
+        msgspec.structs.replace(info_of(SMALL), **change)
+
+
+def test_a_cipher_is_only_written_where_there_is_one() -> None:
+    plain, encrypted = info_of(SMALL), msgspec.structs.replace(info_of(SMALL), cipher="aes")
+    assert "cipher" not in msgspec.to_builtins(plain)
+    assert msgspec.to_builtins(encrypted)["cipher"] == "aes"
 
 
 METADATA = format.kv_metadata(info_of(SMALL), identity(), 0, Raw(), {"digests": (0, 8, "00")})

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +23,74 @@ import xxhash
 from helpers import TWO_GROUPS, Array, extend, identity, model_kv, opened, token_list
 
 import kvdb
+from kvdb import KVDB
 from kvdb.format import FORMAT_VERSION
 
 TOKENS = token_list(150)
 FORK = np.concatenate((TOKENS[:100], token_list(40, 9)))
+OTHER = identity("w1", salt="tenant")
+TABLES = ("meta", "identities", "segments", "tokens", "tree", "sequences", "names", "uses", "moved", "unsynced")
 DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 DOCUMENT = (Path(kvdb.__file__).parent / "FORMAT.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a fork inside a segment, three segments in a row, spare slots and a name."""
+    """A store with a fork inside a segment, three segments in a row, spare slots, a merged pair, a name, a pin, an expiry and
+    a segment that was never forced to disk."""
     path = tmp_path_factory.mktemp("document") / "s"
     with opened(path) as db:
+        db.set_size_cap("1GB")
         extend(db, TOKENS, name="long", geometry=TWO_GROUPS, segment_tokens=64, spare=2)
-        extend(db, FORK, geometry=TWO_GROUPS, fidelity="sparse")
-    return path
+        key = extend(db, FORK, geometry=TWO_GROUPS, fidelity="sparse").key
+        db.pin(key)
+        db.touch(db.sequence(key).spans)
+        other = token_list(40, 3)
+        extend(db, other[:16], ident=OTHER, geometry=TWO_GROUPS)
+        mortal = extend(db, other, ident=OTHER, geometry=TWO_GROUPS)
+        db.put_sequence(mortal.last, 40, name="mortal", ttl_s=1e6)
+        assert db.compact("mortal") == 1
+        db.export_sequence("long", path.parent / "long.zip")
+    with KVDB.open(path, durability="relaxed") as db:
+        extend(db, token_list(10, 4), geometry=TWO_GROUPS)
+        shutil.copytree(path, path.with_name("copy"), ignore=shutil.ignore_patterns("tmp"))
+    return path.with_name("copy")
 
 
 def xxh3(data: bytes, seed: int = 0) -> int:
     return xxhash.xxh3_64_intdigest(data, seed=seed)
 
 
-def entries(root: Path, table: str) -> list[tuple[bytes, bytes]]:
-    env = lmdb.open(str(root / "catalog"), max_dbs=6, readonly=True)
+def entries(root: Path, table: str) -> list[tuple[bytes, bytes, int]]:
+    """(key, value, digest) of every entry, in LMDB's order."""
+    env = lmdb.open(str(root / "catalog"), max_dbs=len(TABLES), readonly=True, lock=False)
     try:
         with env.begin(db=env.open_db(table.encode(), dupsort=table == "tree", create=False)) as txn:
             found = list(txn.cursor())
     finally:
         env.close()
+    if table == "tree":  # the digest comes last there
+        found = [(key, entry[-8:] + entry[:-8]) for key, entry in found]
     for key, entry in found:
         assert struct.unpack("<Q", entry[:8])[0] == xxh3(entry[8:], seed=xxh3(key))
-    return [(key, entry[8:]) for key, entry in found]
+    return [(key, entry[8:], struct.unpack("<Q", entry[:8])[0]) for key, entry in found]
 
 
 def table(root: Path, name: str) -> dict[str, Any]:
-    return {key.hex(): msgspec.msgpack.decode(value) for key, value in entries(root, name)}
+    return {key.hex(): msgspec.msgpack.decode(value) for key, value, _ in entries(root, name)}
+
+
+def meta(root: Path) -> dict[str, Any]:
+    return {bytes.fromhex(key).decode(): value for key, value in table(root, "meta").items()}
+
+
+def infos(root: Path) -> dict[str, dict[str, Any]]:
+    return {segment: entry["info"] for segment, entry in table(root, "segments").items()}
 
 
 def path_of(root: Path, segment: str) -> tuple[list[dict[str, Any]], list[int]]:
     """Ancestors and the segment, and the token ids of the whole path."""
-    segments, tokens = table(root, "segments"), table(root, "tokens")
+    segments, tokens = infos(root), table(root, "tokens")
     chain = [segments[segment]]
     while chain[0]["parent"] is not None:
         chain.insert(0, segments[chain[0]["parent"]])
@@ -118,13 +147,48 @@ def read_shard(root: Path, info: dict[str, Any], group: int) -> tuple[Array, lis
 def test_the_header_is_as_documented(root: Path) -> None:
     header = json.loads((root / "kvdb.json").read_text())
     assert set(header) == set(re.findall(r"`(format|store|created|chunk_tokens|codec)`", DOCUMENT))
-    assert header["format"] == FORMAT_VERSION == 0
+    assert header["format"] == FORMAT_VERSION == 1
     assert f"version {FORMAT_VERSION}" in DOCUMENT.splitlines()[0]
+
+
+def test_the_folders_are_those_of_the_document(root: Path) -> None:
+    (drawing,) = re.findall(r"```\nSTORE/.*?```", DOCUMENT, re.DOTALL)
+    drawn = re.findall(r"^  ([a-z.]+)/? ", drawing, re.MULTILINE)
+    assert sorted(drawn) == sorted({p.name for p in root.iterdir()} | {"tmp"})
+    in_catalog = re.findall(r"[a-z]+\.(?:mdb|lock)|ballast", drawing)
+    assert sorted(in_catalog) == sorted(p.name for p in (root / "catalog").iterdir())
+
+
+def test_the_catalog_has_the_documented_databases_with_the_documented_totals(root: Path) -> None:
+    rows = re.findall(r"^\| `([a-z]+)` \| .* \| .* \|$", DOCUMENT.partition("### Store time")[0], re.MULTILINE)
+    assert set(TABLES) <= set(rows)
+    env = lmdb.open(str(root / "catalog"), max_dbs=len(TABLES), readonly=True, lock=False)
+    with env.begin() as txn:
+        assert sorted(name.decode() for name, _ in txn.cursor()) == sorted(TABLES)
+    env.close()
+    facts = meta(root)
+    for name in set(TABLES) - {"meta"}:
+        digests = [digest for _, _, digest in entries(root, name)]
+        assert digests, name
+        assert facts[f"totals:{name}"] == {"count": len(digests), "root": sum(digests) % 2**64}
+
+
+def test_the_facts_about_the_store_are_as_documented(root: Path) -> None:
+    facts, segments = meta(root), table(root, "segments")
+    arrays = [p for p in (root / "chunks").iterdir() if p.is_dir()]
+    counters = facts["counters"]
+    assert counters["arrays"] == len(arrays) == sum(len(entry["seals"]) for entry in segments.values())
+    assert counters["segment_bytes"] == sum(entry["disk_bytes"] for entry in segments.values())
+    assert facts["limits"] == {"size_cap": 10**9}
+    assert facts["next expiry"] == min(s["expires"] for s in table(root, "sequences").values() if s["expires"])
+    assert set(facts["clock"]) == {"time", "wall", "boot", "uptime"}
+    for name in (*counters, *facts["clock"], *facts["limits"]):
+        assert f"`{name}`" in DOCUMENT
 
 
 def test_the_kv_read_by_the_document_is_the_kv_written(root: Path) -> None:
     read = 0
-    for segment, info in table(root, "segments").items():
+    for segment, info in infos(root).items():
         path = path_of(root, segment)[1]
         stop = info["start"] + info["tokens"]
         kv = model_kv(TWO_GROUPS, np.array(path, "<u4"), info["start"], stop, salt=info["fidelity"])
@@ -135,11 +199,25 @@ def test_the_kv_read_by_the_document_is_the_kv_written(root: Path) -> None:
                 for plane in (0, 1):
                     assert found[row, :, plane].tobytes() == np.ascontiguousarray(kv[layer][plane]).tobytes()
                     read += 1
-    assert read == 4 * 3 * 2
+    assert read == 6 * 3 * 2
+
+
+def test_seals_bind_the_digests_of_each_array_to_the_catalog(root: Path) -> None:
+    for segment, entry in table(root, "segments").items():
+        expected = {}
+        for group in range(2):
+            for kind in ("kv", "box"):
+                name = f"{segment}.{kind}{group}"
+                attributes = json.loads((root / "chunks" / name / "zarr.json").read_text())["attributes"]["kvdb"]
+                if kind == "kv":
+                    expected[name] = attributes["sections"]["digests"][2]
+                else:
+                    expected[name] = f"{xxh3('|'.join(attributes['layer_xxh3']).encode()):016x}"
+        assert entry["seals"] == expected
 
 
 def test_the_box_read_by_the_document_is_that_of_the_keys(root: Path) -> None:
-    for info in table(root, "segments").values():
+    for info in infos(root).values():
         assert info["abstracts"] == ["box"]
         for group, g in enumerate(info["geometry"]["groups"]):
             folder = root / "chunks" / f"{info['segment']}.box{group}"
@@ -165,12 +243,12 @@ def test_identities_are_addressed_by_the_documented_digest(root: Path) -> None:
         parts = [part.encode() for pair in tags for part in pair]
         framed = b"".join(struct.pack("<Q", len(part)) + part for part in parts)
         assert hashlib.sha256(b"kvdb identity 1\0" + framed).hexdigest() == key
-    assert set(table(root, "identities")) == {identity().digest().hex()}
+    assert set(table(root, "identities")) == {identity().digest().hex(), OTHER.digest().hex()}
 
 
 def test_the_tree_lists_every_segment_under_the_documented_keys(root: Path) -> None:
     expected = set()
-    for segment, info in table(root, "segments").items():
+    for segment, info in infos(root).items():
         path = path_of(root, segment)[1]
         key = hashlib.blake2b(b"kvdb prefix 1\0" + bytes.fromhex(info["identity"]), digest_size=16).digest()
         exact = b"\1" if info["fidelity"] == "exact" else b"\0"
@@ -179,37 +257,137 @@ def test_the_tree_lists_every_segment_under_the_documented_keys(root: Path) -> N
                 block = struct.pack("<64I", *path[64 * (k - 1) : 64 * k])
                 key = hashlib.blake2b(key + block, digest_size=16).digest()
             if k >= info["start"] // 64:
-                expected.add((key, exact + bytes.fromhex(segment)))
-    assert set(entries(root, "tree")) == expected
+                held = path[64 * k : 64 * k + 64]
+                padded = struct.pack(">64I", *held, *[2**32 - 1] * (64 - len(held)))
+                expected.add((key, exact + padded + bytes.fromhex(segment)))
+    found = [(key, value) for key, value, _ in entries(root, "tree")]
+    assert {len(value) for _, value in found} == {273}
+    assert found == sorted(expected)
+
+
+def agreement(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def lookup(root: Path, ident: str, tokens: list[int], *, exact: bool) -> int:
+    """Length of the longest stored prefix, by the document's search."""
+    listed: dict[bytes, list[bytes]] = {}
+    for node, value, _ in entries(root, "tree"):
+        listed.setdefault(node, []).append(value)
+    key = hashlib.blake2b(b"kvdb prefix 1\0" + bytes.fromhex(ident), digest_size=16).digest()
+    last, k = None, 0
+    while any(value[0] or not exact for value in listed.get(key, [])):
+        last = (key, k)
+        if 64 * (k + 1) > len(tokens):
+            break
+        key = hashlib.blake2b(key + struct.pack("<64I", *tokens[64 * k : 64 * k + 64]), digest_size=16).digest()
+        k += 1
+    if last is None:
+        return 0
+    node, k = last
+    block = tokens[64 * k : 64 * k + 64]
+    best = 0
+    for flag in (b"\1",) if exact else (b"\1", b"\0"):
+        wanted = flag + struct.pack(">64I", *block, *[2**32 - 1] * (64 - len(block)))
+        place = sum(value < wanted for value in listed[node])
+        for value in listed[node][max(0, place - 1) : place + 1]:
+            if value[:1] == flag:
+                best = max(best, agreement(path_of(root, value[257:273].hex())[1], tokens))
+    return best
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_lookup_of_the_document_finds_what_the_engine_finds(root: Path, exact: bool) -> None:
+    lists = [TOKENS, FORK, TOKENS[:64], TOKENS[:70], TOKENS[:1], token_list(40, 3), token_list(9, 8)]
+    lists += [np.concatenate((t[:n], token_list(70, 7))) for t in (TOKENS, FORK) for n in (0, 5, 64, 90, 130, 140)]
+    wanted = [agreement(path_of(root, segment)[1], TOKENS.tolist()) for segment in infos(root)]
+    assert lookup(root, identity().digest().hex(), TOKENS.tolist(), exact=exact) == max(wanted) == 150
+    asked = [(ident, tokens) for ident in (identity(), OTHER) for tokens in lists]
+    found = [lookup(root, ident.digest().hex(), tokens.tolist(), exact=exact) for ident, tokens in asked]
+    with KVDB.open(root, "r") as db:
+        assert found == [db.match(ident, tokens, exact=exact).tokens for ident, tokens in asked]
 
 
 def test_sequences_are_spans_from_position_zero(root: Path) -> None:
-    segments = table(root, "segments")
+    segments, seals = infos(root), {s: entry["seals"] for s, entry in table(root, "segments").items()}
     sequences = table(root, "sequences")
     for key, sequence in sequences.items():
-        h = xxhash.xxh3_128(sequence["identity"].encode())
+        h, root_hash = xxhash.xxh3_128(sequence["identity"].encode()), xxhash.xxh3_128()
         position = 0
         for span in sequence["spans"]:
             h.update(f"|{span['segment']}:{span['start']}:{span['stop']}".encode())
+            root_hash.update(f"|{span['segment']}:{span['start']}:{span['stop']}".encode())
+            for array, seal in sorted(seals[span["segment"]].items()):
+                root_hash.update(f"|{array}={seal}".encode())
             assert segments[span["segment"]]["start"] + span["start"] == position
             position += span["stop"] - span["start"]
         if sequence["name"] is not None:
             h.update(b"|" + sequence["name"].encode())
         assert key == sequence["key"] == h.hexdigest()
+        assert sequence["root"] == root_hash.hexdigest()
         assert position == sequence["tokens"]
-    assert sorted(s["tokens"] for s in sequences.values()) == [140, 150]
-    assert list(table(root, "names")) == [xxhash.xxh3_128_hexdigest(b"long")]
+    facts = {(s["tokens"], s["name"], s["pinned"], s["expires"] is None) for s in sequences.values()}
+    assert facts == {
+        (10, None, False, True),
+        (16, None, False, True),
+        (40, None, False, True),
+        (40, "mortal", False, False),
+        (140, None, True, True),
+        (150, "long", False, True),
+    }
+    assert len(sequences) == len(facts)
+    names = {s["name"]: s["key"] for s in sequences.values() if s["name"]}
+    assert table(root, "names") == {xxhash.xxh3_128_hexdigest(name.encode()): key for name, key in names.items()}
 
 
-@pytest.mark.parametrize("name", ["segments", "sequences", "identities"])
+def test_a_manifest_repeats_the_entry_of_each_named_sequence(root: Path) -> None:
+    named = {f"{key}.json": entry for key, entry in table(root, "sequences").items() if entry["name"] is not None}
+    assert len(named) == 2
+    assert {p.name: json.loads(p.read_text()) for p in (root / "names").iterdir()} == named
+
+
+def test_uses_forwarding_addresses_and_what_is_not_yet_on_disk_are_as_documented(root: Path) -> None:
+    segments, uses = infos(root), table(root, "uses")
+    assert set(uses) == set(segments)
+    assert all(set(use) == {"last_used", "hits"} for use in uses.values())
+    assert {use["hits"] for use in uses.values()} == {0, 1}
+    moved = table(root, "moved")
+    assert set(moved.values()) == {
+        s["spans"][-1]["segment"] for s in table(root, "sequences").values() if s["tokens"] == 40
+    }
+    assert not set(moved) & set(segments)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert table(root, "unsynced") == {segment: boot for segment, info in segments.items() if info["tokens"] == 10}
+
+
+def test_an_export_is_a_stored_zip_of_the_documented_members(root: Path) -> None:
+    with zipfile.ZipFile(root.parent / "long.zip") as archive:
+        assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
+        described = json.loads(archive.read("kvdb-sequence.json"))
+        (sequence,) = [s for s in table(root, "sequences").values() if s["name"] == "long"]
+        assert set(described) == {"export", "sequence", "identity", "segments"}
+        assert described["export"] == 1
+        assert [s["info"]["segment"] for s in described["segments"]] == [s["segment"] for s in sequence["spans"]]
+        stored = table(root, "segments")
+        assert described["segments"] == [stored[span["segment"]] for span in sequence["spans"]]
+        assert described["identity"] == table(root, "identities")[sequence["identity"]]
+        for entry in described["segments"]:
+            for array in entry["seals"]:
+                for name in ("zarr.json", "c.0.0.0.0.0"):
+                    assert archive.read(f"{array}/{name}") == (root / "chunks" / array / name).read_bytes()
+        assert len(archive.namelist()) == 2 + 2 * 4 * 3
+
+
+@pytest.mark.parametrize("name", ["segments", "sequences", "identities", "uses"])
 def test_every_stored_field_is_in_the_document(root: Path, name: str) -> None:
     for value in table(root, name).values():
+        value = value | value.get("info", {}) | value.get("info", {}).get("geometry", {})
         assert [field for field in value if f"`{field}`" not in DOCUMENT] == []
 
 
 def test_attributes_repeat_what_the_catalog_says(root: Path) -> None:
     identities = table(root, "identities")
-    for info in table(root, "segments").values():
+    for info in infos(root).values():
         for group in range(2):
             data = (root / "chunks" / f"{info['segment']}.kv{group}" / "zarr.json").read_bytes()
             attributes = json.loads(data)["attributes"]["kvdb"]

@@ -1,4 +1,4 @@
-"""Prefix keys: chained, so equal keys mean equal prefixes; and where two token lists part."""
+"""Prefix keys: chained, so equal keys mean equal prefixes; listings: sorted like token lists; and where two lists part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Array, token_lists
 
-from kvdb.prefix import BLOCK_TOKENS, block_keys, common_prefix
+from kvdb.prefix import BLOCK_TOKENS, LISTING_BYTES, block_keys, common_prefix, listed_tokens, listing
 
 MINE, THEIRS = b"m" * 32, b"t" * 32
 
@@ -49,3 +49,28 @@ def test_common_prefix_counts_leading_equal_tokens(a: Array, b: Array, shared: i
     n = common_prefix(a, b)
     assert a[:n].tolist() == b[:n].tolist()
     assert n == min(len(a), len(b)) or a[n] != b[n]
+
+
+def test_a_listing_is_a_flag_then_big_endian_tokens_then_padding() -> None:
+    found = listing(True, np.array([1, 258], "<u4"))
+    assert found == b"\1" + bytes([0, 0, 0, 1, 0, 0, 1, 2]) + b"\xff" * 4 * (BLOCK_TOKENS - 2)
+    assert len(found) == LISTING_BYTES
+    assert listed_tokens(found)[:3].tolist() == [1, 258, 2**32 - 1]
+
+
+@given(token_lists(0, BLOCK_TOKENS), token_lists(0, BLOCK_TOKENS))
+def test_listings_sort_like_token_lists_and_the_exact_come_last(a: Array, b: Array) -> None:
+    longest = [2**32]  # a list that ends comes after those that go on
+    assert (listing(True, a) < listing(True, b)) == ([*a.tolist(), *longest] < [*b.tolist(), *longest])
+    assert listing(False, a) < listing(True, b)
+
+
+@given(st.lists(token_lists(1, BLOCK_TOKENS), min_size=1, max_size=12), token_lists(1, BLOCK_TOKENS))
+def test_the_longest_agreement_with_any_list_is_a_neighbour_in_the_order_of_listings(
+    stored: list[Array], wanted: Array
+) -> None:
+    ordered = sorted(stored, key=lambda tokens: listing(True, tokens))
+    place = sum(listing(True, tokens) < listing(True, wanted) for tokens in ordered)
+    neighbours = ordered[max(0, place - 1) : place + 1]
+    best = max(common_prefix(tokens, wanted) for tokens in stored)
+    assert max(common_prefix(tokens, wanted) for tokens in neighbours) == best

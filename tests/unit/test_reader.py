@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TWO_GROUPS, assert_healthy, extend, model_kv, read_kv, token_list
+from helpers import TWO_GROUPS, assert_healthy, extend, flip, model_kv, read_kv, token_list
 
 from kvdb import KVDB
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.format import as_float32
-from kvdb.reader import READERS, MmapReader, Reader
+from kvdb.reader import READERS, MmapReader, Reader, Verified
 from kvdb.segments import Segment, layout
 
 TOKENS = token_list(50)
@@ -107,7 +108,7 @@ def test_an_abstract_that_is_missing_or_short_is_damage(segment: Segment, reader
         reader.abstract(segment, "box", 3)
     reader.close()
     path.unlink()
-    with pytest.raises(Damaged, match="expected its box abstract"):
+    with pytest.raises(Damaged, match=rf"file {path}: No such file"):
         reader.abstract(segment, "box", 0)
 
 
@@ -116,7 +117,8 @@ def test_an_open_reader_keeps_its_bytes_when_the_sequence_is_deleted(tmp_path: P
         stored = extend(db, TOKENS, geometry=TWO_GROUPS)
         reader.open(stored.last)
         db.delete(stored.key)
-        assert not shard(stored.last, 0).exists()
+        db.gc()  # not only its entry: the files are gone
+        assert not list(tmp_path.rglob("c.0.0.0.0.0"))
         for layer, (keys, _) in model_kv(TWO_GROUPS, TOKENS, 0, 50, salt="exact").items():
             assert np.array_equal(read_kv(reader, stored.last, layer, 50)[0], keys)
         reader.forget(stored.last.info.segment)
@@ -132,3 +134,79 @@ def test_asking_again_what_is_cached_changes_no_byte(segment: Segment, monkeypat
         keys = read_kv(reader, segment, 0, 50)[0]
         assert np.array_equal(keys, model_kv(TWO_GROUPS, TOKENS, 0, 50, salt="exact")[0][0])
     reader.close()
+
+
+def read_one(reader: Reader, segment: Segment) -> None:
+    """Record (chunk 2, head 3) of layer 3."""
+    reader.read(segment, 3, np.array([2 * 5 + 3]), np.empty((2, 1, 16, 80), "<f2"))
+
+
+def place_of_one(segment: Segment) -> int:
+    """Where its bytes begin: layer 3 is row 1 of group 0."""
+    return ((segment.info.capacity + 2) * 5 + 3) * TWO_GROUPS.record_bytes(0)
+
+
+@pytest.mark.parametrize("kind", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("verify", ["first", "always"])
+def test_a_damaged_record_is_told_with_its_place_and_both_digests(
+    segment: Segment, kind: type[Reader], verify: str
+) -> None:
+    path, at = shard(segment, 0), place_of_one(segment)
+    flip(path, at + 77, bit=3)
+    reader = kind(verify)
+    with pytest.raises(
+        Damaged,
+        match=rf"segment {segment.info.segment}, layer 3, chunk 2, head 3, file {path}, offset {at}: "
+        r"xxh3 is 0x[0-9a-f]{16}, expected 0x[0-9a-f]{16}",
+    ):
+        read_one(reader, segment)
+    keys, _ = read_kv(reader, segment, 0, 50)  # a layer that is not damaged
+    assert np.array_equal(keys, model_kv(TWO_GROUPS, TOKENS, 0, 50, salt="exact")[0][0])
+    reader.close()
+
+
+@pytest.mark.parametrize("kind", READERS.values(), ids=READERS)
+def test_records_are_verified_as_often_as_was_asked_for(segment: Segment, kind: type[Reader]) -> None:
+    verified = Verified()
+    first, again, always, never = (kind(v, verified) for v in ("first", "first", "always", "never"))
+    another_handles = kind("first")
+    for reader in (first, again, always, never):
+        read_one(reader, segment)
+    flip_in_place(shard(segment, 0), place_of_one(segment))
+    for trusting in (first, again, never):  # verified once for all readers of a handle
+        read_one(trusting, segment)
+    with pytest.raises(Damaged, match="chunk 2, head 3"):
+        read_one(always, segment)
+    with pytest.raises(Damaged, match="chunk 2, head 3"):
+        read_one(another_handles, segment)
+    for reader in (first, again, always, never, another_handles):
+        reader.close()
+
+
+def flip_in_place(path: Path, offset: int) -> None:
+    """As `helpers.flip`, for a file that is open."""
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("section", ["digests", "abstract"])
+def test_digests_that_do_not_match_their_seal_are_damage(segment: Segment, reader: Reader, section: str) -> None:
+    if section == "digests":
+        flip(shard(segment, 0), layout(segment.info, 0).digests_offset + 8)
+        with pytest.raises(Damaged, match="digests at"):
+            reader.open(segment)
+    else:
+        path = segment.folder / f"{segment.info.segment}.box0"
+        flip(path / "c.0.0.0.0.0", 3)
+        with pytest.raises(Damaged, match="layer 0, box abstract"):
+            reader.abstract(segment, "box", 0)
+
+
+def test_a_file_cut_after_it_was_opened_is_damage_on_first_touch(segment: Segment, reader: Reader) -> None:
+    reader.open(segment)
+    os.truncate(shard(segment, 0), 4096)
+    with pytest.raises(Damaged, match=str(shard(segment, 0))):
+        read_one(reader, segment)

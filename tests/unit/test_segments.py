@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
-from helpers import SMALL, TWO_GROUPS, Array, assert_healthy, identity, model_kv, opened, read_kv, token_list
+from helpers import (
+    SMALL,
+    TWO_GROUPS,
+    Array,
+    assert_healthy,
+    assert_reads_back,
+    extend,
+    identity,
+    model_kv,
+    opened,
+    read_kv,
+    token_list,
+    write_segment,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries
 
 from kvdb import KVDB, Geometry
-from kvdb.errors import InvalidInput
-from kvdb.segments import SegmentWriter, new_segment_id
+from kvdb.codecs import Raw
+from kvdb.errors import InvalidInput, Unsupported
+from kvdb.format import CodecSpec
+from kvdb.segments import SegmentWriter, codec_of, new_segment_id, reserved_bytes
 
 
 def writer_of(db: KVDB, geometry: Geometry = SMALL, capacity: int = 4, **changes: object) -> SegmentWriter:
@@ -135,3 +151,35 @@ def test_segment_names_are_128_random_bits() -> None:
     names = {new_segment_id() for _ in range(100)}
     assert len(names) == 100
     assert {len(bytes.fromhex(name)) for name in names} == {16}
+
+
+def test_a_sealed_segment_can_be_given_another_parent(tmp_path: Path) -> None:
+    tokens = token_list(48)
+    with opened(tmp_path / "s") as db:
+        parent = extend(db, tokens[:32]).last.info.segment
+        writer = write_segment(db, tokens, start=32, parent=new_segment_id())
+        writer.seal(tokens[32:])
+        writer.reparent(parent)
+        writer.publish(tmp_path / "s" / "chunks")
+        assert writer.entry is not None
+        with db.write_transaction() as txn:
+            txn.add_segment(writer.entry, identity(), tokens[32:])
+            txn.record(writer.entry.info, 48)
+        assert_reads_back(db, tokens, db.match(identity(), tokens).spans)
+
+
+def test_a_segment_of_a_cipher_or_codec_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        info = extend(db, token_list(16)).last.info
+    unknown = {"cipher": "rot13", "codec": CodecSpec(name="zip"), "abstracts": ("mean",)}
+    for field, value in unknown.items():
+        with pytest.raises(Unsupported, match="upgrade kvdb"):
+            codec_of(msgspec.structs.replace(info, **{field: value}))
+
+
+def test_a_writer_never_takes_more_room_than_it_reserved(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        for tokens in (1, 16, 33, 1000):
+            entry = write_segment(db, token_list(tokens), geometry=TWO_GROUPS).seal(token_list(tokens))
+            capacity = TWO_GROUPS.chunks(tokens)
+            assert 0 < entry.disk_bytes <= reserved_bytes(TWO_GROUPS, Raw(), ("box",), capacity)

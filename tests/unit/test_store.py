@@ -21,7 +21,7 @@ from helpers import (
     write_segment,
 )
 
-from kvdb import EXACT, KVDB
+from kvdb import EXACT, KVDB, files
 from kvdb.errors import (
     Damaged,
     InvalidInput,
@@ -29,15 +29,21 @@ from kvdb.errors import (
     NotAStore,
     ReadOnly,
     SequenceNotFound,
+    StorageFull,
     StoreError,
     StoreLocked,
     StoreNotFound,
 )
+from kvdb.format import FORMAT_VERSION
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "store"
+
+
+EMPTY = ["names", "quarantine", "tmp", "trash"]
+"""Parts of a store that stand empty in a new one."""
 
 
 def kv_folders(path: Path) -> set[str]:
@@ -52,7 +58,8 @@ def test_a_creating_mode_makes_an_empty_store(path: Path, mode: str) -> None:
     with opened(path, mode) as db:  # type: ignore[arg-type]
         assert db.sequences() == []
         assert db.info()["segments"] == 0
-    assert sorted(p.name for p in path.iterdir()) == ["catalog", "chunks", "kvdb.json", "tmp"]
+    assert sorted(p.name for p in path.iterdir()) == ["catalog", "chunks", "kvdb.json", *EMPTY]
+    assert [p.name for part in EMPTY for p in (path / part).iterdir()] == []
 
 
 @pytest.mark.parametrize("mode", ["r", "r+"])
@@ -96,7 +103,21 @@ def test_mode_w_refuses_a_store_that_is_open(path: Path) -> None:
         assert db.sequence(key).tokens == 40
 
 
-@pytest.mark.parametrize(("option", "value"), [("mode", "rw"), ("mode", ""), ("read_mode", "direct")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("mode", "rw"),
+        ("mode", ""),
+        ("read_mode", "direct"),
+        ("verify", "sometimes"),
+        ("durability", "none"),
+        ("retention", "newest"),
+        ("grace_s", -1.0),
+        ("lock_timeout_s", float("nan")),
+        ("min_free", "lots"),
+        ("size_cap", "-1"),
+    ],
+)
 def test_an_unknown_option_is_refused(path: Path, option: str, value: str) -> None:
     with pytest.raises(InvalidInput, match=f"{option} is {value!r}"):
         KVDB.open(path, **{option: value})  # type: ignore[arg-type]
@@ -152,14 +173,15 @@ def test_a_newer_format_is_refused_and_left_untouched(path: Path, mode: str) -> 
     with opened(path) as db:
         extend(db, token_list(40))
     header = json.loads((path / "kvdb.json").read_text())
-    (path / "kvdb.json").write_text(json.dumps({"format": 1, "what": header}))
+    newer = FORMAT_VERSION + 1
+    (path / "kvdb.json").write_text(json.dumps({"format": newer, "what": header}))
     before = tree_bytes(path)
-    with pytest.raises(NewerFormat, match="format 1, expected at most 0"):
+    with pytest.raises(NewerFormat, match=f"format {newer}, expected at most {FORMAT_VERSION}"):
         KVDB.open(path, mode)  # type: ignore[arg-type]
     assert tree_bytes(path) == before
 
 
-@pytest.mark.parametrize("header", [b"", b"{}", b"[]", b'{"format": "0"}', b'{"format": 0}', b"\xff\xfe", b"3"])
+@pytest.mark.parametrize("header", [b"", b"{}", b"[]", b'{"format": "0"}', b'{"format": 1}', b"\xff\xfe", b"3"])
 @pytest.mark.parametrize("mode", ["a", "w"])
 def test_an_unreadable_header_is_damage_and_replaces_nothing(path: Path, header: bytes, mode: str) -> None:
     with opened(path):
@@ -207,9 +229,10 @@ def test_a_hostile_name_never_becomes_a_path(path: Path, name: str) -> None:
         assert db.sequence(name).key == key
         folders = {p.name for p in path.rglob("*") if p.is_dir()}
         assert all(
-            set(folder) <= set("0123456789abcdef.kvbox-") or folder in ("catalog", "chunks", "tmp")
+            set(folder) <= set("0123456789abcdef.kvbox-") or folder in ("catalog", "chunks", *EMPTY)
             for folder in folders
         )
+        assert [p.name for p in (path / "names").iterdir()] == [f"{key}.json"]
         assert {p.name for p in path.parent.iterdir()} == {"store"}
         db.delete(name)
         assert db.sequences() == []
@@ -331,16 +354,14 @@ def test_deleting_what_is_not_there_is_an_error(path: Path) -> None:
         db.delete("gone")
 
 
-def test_eviction_takes_the_least_recently_used_unnamed_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(1_000, 9_000))
-    monkeypatch.setattr("kvdb.files.now", lambda: float(next(clock)))
+def test_eviction_takes_the_least_recently_used_unnamed_first(path: Path) -> None:
     with opened(path) as db:
         keys = [extend(db, token_list(40, seed), name="kept" if seed == 1 else None).key for seed in range(5)]
-        db.touch(identity(), db.sequence(keys[0]).spans)
+        db.touch(db.sequence(keys[0]).spans)
         each = db.info()["disk_bytes"] / 5
         assert [s.key for s in db.evict(10**12)] == []
-        assert [s.key for s in db.evict(int(3.5 * each))] == [keys[2], keys[3]]
-        assert [s.key for s in db.evict(0)] == [keys[4], keys[0]]
+        assert {s.key for s in db.evict(int(3.5 * each))} == {keys[2], keys[3]}
+        assert {s.key for s in db.evict(0)} == {keys[4], keys[0]}
         assert [s.key for s in db.sequences()] == [keys[1]]
         assert_reads_back(db, token_list(40, 1), db.sequence("kept").spans)
 
@@ -351,7 +372,7 @@ def test_a_lying_clock_changes_only_the_order_of_eviction(
 ) -> None:
     with opened(path) as db:
         extend(db, token_list(40), name="before")
-    monkeypatch.setattr("kvdb.files.now", lambda: seconds)
+    monkeypatch.setattr(files, "now", lambda: seconds)
     with opened(path) as db:
         extend(db, token_list(40, 1))
         extend(db, token_list(40), name="before")
@@ -360,9 +381,79 @@ def test_a_lying_clock_changes_only_the_order_of_eviction(
         assert db.sequence("before").tokens == 40
 
 
-def test_an_unknown_policy_is_refused(path: Path) -> None:
-    with opened(path) as db, pytest.raises(InvalidInput, match="policy is 'newest'"):
-        db.evict(0, policy="newest")
+def test_a_sequence_that_loses_its_end_goes_on_with_the_rest(path: Path) -> None:
+    tokens = token_list(96)
+    with opened(path) as db:
+        extend(db, tokens, segment_tokens=32)
+        each = db.info()["disk_bytes"] // 3
+        (cut,) = db.evict(2 * each)
+        assert cut.tokens == 96
+        assert [s.tokens for s in db.sequences()] == [64]
+        assert_reads_back(db, tokens, db.match(identity(), tokens).spans)
+
+
+def test_what_is_pinned_neither_goes_nor_can_be_deleted(path: Path) -> None:
+    with opened(path) as db:
+        key = extend(db, token_list(40)).key
+        db.pin(key)
+        assert db.evict(0, named=True) == []
+        with pytest.raises(InvalidInput, match="pinned"):
+            db.delete(key)
+        db.pin(key, False)
+        assert [s.key for s in db.evict(0)] == [key]
+
+
+def test_a_named_sequence_goes_only_when_asked_for(path: Path) -> None:
+    with opened(path) as db:
+        extend(db, token_list(40), name="n")
+        assert db.evict(0) == []
+        assert [s.name for s in db.evict(0, named=True)] == ["n"]
+        assert (kv_folders(path), list((path / "names").iterdir())) == (set(), [])
+
+
+def test_an_expired_sequence_is_gone_for_readers_and_then_for_good(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path) as db:
+        db.put_sequence(extend(db, token_list(40), name="n").last, 40, name="short-lived", ttl_s=60)
+        db.sequence("short-lived")
+        real = files.moment
+        monkeypatch.setattr(files, "moment", lambda: real()._replace(uptime=real().uptime + 61))
+        with pytest.raises(SequenceNotFound, match="expired"):
+            db.sequence("short-lived")
+        db.gc()
+        assert [s.name for s in db.sequences()] == ["n"]
+
+
+@pytest.mark.parametrize("ttl_s", [0, -1, float("nan")])
+def test_a_time_to_live_is_above_zero(path: Path, ttl_s: float) -> None:
+    with opened(path) as db, pytest.raises(InvalidInput, match="ttl_s"):
+        db.put_sequence(extend(db, token_list(40)).last, 40, ttl_s=ttl_s)
+
+
+# -- the cap
+
+
+def test_the_cap_holds_after_every_write_and_for_every_handle(path: Path) -> None:
+    cap = 1 << 20
+    with opened(path) as db:
+        db.set_size_cap(cap)
+    with opened(path) as db:
+        assert db.info()["size_cap"] == cap
+        for seed in range(40):
+            extend(db, token_list(160, seed))
+            assert files.tree_bytes(path) - files.disk_bytes(path) <= cap
+        assert 1 < len(db.sequences()) < 40
+        assert db.match(identity(), token_list(160, 39)).tokens == 160
+        db.set_size_cap("unlimited")
+        assert db.info()["size_cap"] is None
+
+
+def test_what_the_cap_cannot_hold_is_storage_full_and_takes_nothing_named(path: Path) -> None:
+    with opened(path) as db:
+        extend(db, token_list(40), name="kept")
+        db.set_size_cap(db.info()["used_bytes"] + 4096)
+        with pytest.raises(StorageFull, match="size_cap"):
+            extend(db, token_list(16_000, 1))
+        assert_reads_back(db, token_list(40), db.sequence("kept").spans)
 
 
 # -- sweeping
@@ -385,12 +476,12 @@ def test_arrays_that_no_entry_names_are_swept(path: Path) -> None:
 WRITER = """
 import sys, time
 from helpers import *
-db = KVDB.open(sys.argv[1])
-writer = write_segment(db, token_list(40))
-print("ready", flush=True)
-sys.stdin.readline()
-db.put_sequence(db.commit(writer, token_list(40)).segment, 40)
-print("done", flush=True)
+with KVDB.open(sys.argv[1]) as db:
+    writer = write_segment(db, token_list(40))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    db.put_sequence(db.commit(writer, token_list(40)).segment, 40)
+    print("done", flush=True)
 """
 
 
@@ -429,12 +520,12 @@ def test_what_died_before_it_was_locked_is_swept(path: Path, left: str) -> None:
         assert list((path / "tmp").iterdir()) == []
 
 
-@pytest.mark.parametrize("made", [0, 1, 2, 3])
+@pytest.mark.parametrize("made", range(7))
 def test_a_store_whose_creation_was_cut_short_is_created(path: Path, made: int) -> None:
     path.mkdir()
-    for part in ("catalog", "chunks", "tmp")[:made]:
+    for part in ("catalog", "chunks", "names", "quarantine", "tmp", "trash")[:made]:
         (path / part).mkdir()
-    if made == 3:
+    if made == 6:
         (path / "tmp" / "header-abc").write_bytes(b"{")
     with opened(path) as db:
         extend(db, token_list(20))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvdb.tools.bench import decode, mass, quality, reuse
+from kvdb.tools.bench import append, cold, commit, decode, gather, mass, quality, reuse, scale, verify
 
 
 def run() -> None:
@@ -11,6 +11,12 @@ def run() -> None:
     decode.run()
     quality.run()
     mass.run()
+    verify.run()
+    append.run()
+    commit.run()
+    gather.run()
+    cold.run()
+    scale.run()
 
 
 if __name__ == "__main__":
