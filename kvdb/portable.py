@@ -49,9 +49,11 @@ def export_sequence(db: KVDB, name_or_key: str, target: Path) -> int:
     sequence = db.sequence(name_or_key)
     with db.catalog.begin() as txn:
         entries = txn.span_entries(sequence.spans)
-    description = Description(
-        export=EXPORT_VERSION, sequence=sequence, identity=db.identity(sequence.identity), segments=tuple(entries)
-    )
+    identity = db.identity(sequence.identity)
+    for entry in entries:
+        for problem in check_files(db.path / "chunks", entry, identity, None):
+            raise Damaged(f"sequence {name_or_key!r}: {problem}; run 'kvdb repair', nothing was exported")
+    description = Description(export=EXPORT_VERSION, sequence=sequence, identity=identity, segments=tuple(entries))
     draft = target.with_name(f".{target.name[:200]}.{os.urandom(4).hex()}.part")
     try:
         with files.translated(target), files.create_stream(draft) as stream:

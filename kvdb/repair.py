@@ -24,6 +24,7 @@ from kvdb import files, folder, format, manifests
 from kvdb.catalog import Catalog
 from kvdb.check import check_files, check_store
 from kvdb.entries import Limits, SegmentEntry, Sequence, sequence_key
+from kvdb.environment import DATA
 from kvdb.errors import Damaged, KVDBError, NotAStore, OlderFormat, Problem
 from kvdb.format import FORMAT_VERSION, KVAttributes, SegmentInfo
 from kvdb.identity import EXACT, Identity
@@ -194,10 +195,13 @@ def _with_descendants(segments: dict[str, SegmentEntry], bad: Iterable[str]) -> 
 def quarantine(path: Path, what: Path) -> None:
     """Move a file or folder aside; what is not there needs no moving."""
     with contextlib.suppress(FileNotFoundError):
-        target = path / "quarantine" / what.name
-        if target.exists():
-            target = target.with_name(f"{what.name}.{os.urandom(4).hex()}")
-        files.rename(what, target)
+        files.rename(what, _aside(path, what.name))
+
+
+def _aside(path: Path, name: str) -> Path:
+    """A free name in quarantine/."""
+    target = path / "quarantine" / name
+    return target.with_name(f"{name}.{os.urandom(4).hex()}") if target.exists() else target
 
 
 def drop_lost(path: Path, catalog: Catalog) -> None:
@@ -257,14 +261,25 @@ def _replace_catalog(
         for array in files.list_dir(chunks):
             if array.partition(".")[0] in lost:
                 quarantine(path, chunks / array)
-        quarantine(path, path / "catalog")
-        files.rename(workspace / "catalog", path / "catalog")
-        files.fsync_dir(path)
+        _swap_catalog(path, workspace / "catalog")
         _write_manifests(path, named)
         if not (chunks / format.METADATA_KEY).exists():
             files.write_new(chunks / format.METADATA_KEY, format.group_metadata())
     finally:
         files.remove_tree(workspace)
+
+
+def _swap_catalog(path: Path, new: Path) -> None:
+    """Put a new catalog in the old one's place in one step, and keep the old one. Nobody has either open."""
+    files.mkdir(path / "catalog", exist_ok=True)
+    data = path / "catalog" / DATA
+    if data.exists():
+        aside = _aside(path, "catalog")
+        files.mkdir(aside)
+        files.link(data, aside / DATA)
+    files.rename(new / DATA, data)
+    files.unlink(path / "catalog" / "lock.mdb")  # it tells of the old one's readers
+    files.fsync_dir(path / "catalog")
 
 
 def _scan(chunks: Path) -> tuple[dict[str, _Found], set[str]]:
