@@ -1,10 +1,10 @@
 """Compaction: merge the small segments that appended turns leave, so that a long conversation reads as few files.
 
 Only the end of a path is merged: segments that nothing else continues, up to the last one. Rows are copied as they are
-stored, after their digests were compared; a started chunk that the next segment copied is left out, and no token is lost: where
-a segment ends in another branch than the next one is on, the run begins after it. A conversation of n
-turns keeps O(log n) segments, and each token is copied O(log n) times. One transaction swaps the spans of every sequence; old ids lead to the new one, so that a cache that is being
-continued elsewhere goes on.
+stored, after their digests were compared; a started chunk that the next segment copied is left out. No token is lost:
+where a segment ends in another branch than the next one is on, the run begins after it. A conversation of n turns keeps
+O(log n) segments, and each token is copied O(log n) times. One transaction swaps the spans of every sequence; old ids
+lead to the new one, so that a cache that is being continued elsewhere goes on.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def used_bytes(meta: bytes, page_size: int) -> int:
 
 
 def check_pages(data: Any, page_size: int, meta: bytes, where: str) -> None:
-    """`data` is the file up to its last page in use, `meta` the beginning of the meta page to start from.
+    """`data` is the file up to its last page, as far as it goes; `meta` the beginning of the meta page to start from.
 
     raises  Damaged
     """
@@ -70,7 +70,7 @@ def check_pages(data: Any, page_size: int, meta: bytes, where: str) -> None:
 class _Walk:
     def __init__(self, data: Any, page_size: int, where: str) -> None:
         self.page_size, self.where = page_size, where
-        self.data = memoryview(data)
+        self.bytes: Array = np.frombuffer(data, np.uint8)
         self.words: Array = np.frombuffer(data, "<u2")
         self.longs: Array = np.frombuffer(data, "<u8")
         self.count = len(self.words) * 2 // page_size
@@ -84,10 +84,9 @@ class _Walk:
             raise Damaged(f"{self.where}{place}: {what}; run 'kvdb repair --rebuild'")
 
     def long(self, at: Array) -> Array:
-        """u64 at even places."""
-        parts = [self.words[(at >> 1) + i].astype(np.uint64) << np.uint64(16 * i) for i in range(4)]
-        joined: Array = parts[0] | parts[1] | parts[2] | parts[3]
-        return joined
+        """u64 at any places: a key of odd length puts its value at one."""
+        found: Array = self.bytes[at[:, None] + np.arange(8)].view("<u8")[:, 0]
+        return found
 
     def walk(self, meta: bytes) -> None:
         self.trees: list[_Tree] = []
@@ -114,8 +113,10 @@ class _Walk:
             pages, trees, levels = children
         said = np.array([tree.entries for tree in self.trees], np.uint64)
         self.expect(seen.astype(np.uint64) == said, "more or fewer entries than its tables say, expected as many")
-        for pages in self.free:
-            self._take(pages)
+        last = used_bytes(meta, self.page_size) // self.page_size
+        for free in self.free:  # the last ones may have been given back before they were ever written
+            self.expect((free >= 2) & (free < last), "a free page beyond the last, expected none")
+            self._take(free[free < self.count])
 
     def _add(self, tree: _Tree) -> None:
         self.expect(tree.kind != _UNKNOWN, "flags of another kind of table, expected a catalog's")
@@ -197,17 +198,17 @@ class _Walk:
         return entries
 
     def _overflow(self, value: Array, value_bytes: Array) -> None:
-        self.expect(value % 2 == 0, "an odd place, expected an even one", value)
-        first = self.long(value).astype(np.int64)
-        pages = -(-(value_bytes + _PAGE_HEADER) // self.page_size)
-        self.expect((first >= 2) & (first + pages <= self.count), "an overflow page beyond the file", value)
-        run = np.repeat(first, pages) + np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages)
-        self._take(run)
+        """Runs of pages that hold one long value each; one that was longer once may have pages to spare."""
+        first = self.long(value)
+        self.expect((first >= 2) & (first < self.count), "an overflow page beyond the file, expected one inside", value)
+        first = first.astype(np.int64)
         at = first * self.page_size
         self.expect(self.longs[at >> 3] == first, "another page's number, expected its own", at)
         self.expect(self.words[(at >> 1) + 5] == _OVERFLOW, "flags of another kind of page", at)
-        length = self.words[(at >> 1) + 6].astype(np.int64) | self.words[(at >> 1) + 7].astype(np.int64) << 16
-        self.expect(length == pages, "an overflow run of another length", at)
+        pages = self.words[(at >> 1) + 6].astype(np.int64) | self.words[(at >> 1) + 7].astype(np.int64) << 16
+        self.expect(pages * self.page_size >= value_bytes + _PAGE_HEADER, "an overflow run too short for its value", at)
+        self.expect(first + pages <= self.count, "an overflow run beyond the file, expected it inside", at)
+        self._take(np.repeat(first, pages) + np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages))
 
     def _free(self, nodes: _Nodes, mine: Array, value: Array) -> None:
         """Lists of free pages: a count, then page numbers."""
@@ -225,7 +226,7 @@ class _Walk:
     def _table(self, at: int, size: int, kind: int) -> int:
         """Take note of a table's record; returns the entries it stands for in the tree it is in."""
         self.expect(size == _RECORD, "no record of a table, expected one")
-        tree = _record(self.data[at : at + _RECORD], 0, _PLAIN if kind == _MAIN else _INNER)
+        tree = _record(self.bytes[at : at + _RECORD].data, 0, _PLAIN if kind == _MAIN else _INNER)
         self._add(tree)
         return 1 if kind == _MAIN else tree.entries
 

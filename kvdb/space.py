@@ -200,6 +200,8 @@ class Space:
             for array in info.array_names():
                 target = self.root / TRASH / array
                 try:
+                    if target.exists():  # an imported segment may come and go twice
+                        files.remove_tree(target)
                     files.rename(self.root / "chunks" / array, target)
                     files.mark_now(target)
                 except FileNotFoundError:  # it never had files, or another process was faster

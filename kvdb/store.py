@@ -206,6 +206,7 @@ class KVDB:
                 expired = due is not None and due <= txn.now()
             if unsynced:
                 repair.drop_lost(self.path, self.catalog)
+                folder.sweep(self.path, self.catalog)  # as many arrays may have been left over as were lost
             if expired:
                 self.space.evict(0)
             self.space.enforce()

@@ -19,6 +19,7 @@ from kvdb.entries import Counters, Found, Limits, SegmentEntry, Sequence, Span, 
 from kvdb.environment import TABLES, Environment
 from kvdb.errors import Damaged, InvalidInput, SequenceNotFound
 from kvdb.format import SegmentInfo
+from kvdb.geometry import SEGMENT_TOKENS
 from kvdb.identity import EXACT, Identity
 from kvdb.prefix import Tokens
 
@@ -47,7 +48,11 @@ class Transaction:
         return None if entry is None else entries.decode(table, key, entries.unframed(table, key, entry), kind)
 
     def _put(self, table: str, key: bytes, value: object) -> None:
-        self._replace(table, key, entries.framed(key, msgspec.msgpack.encode(value)))
+        try:
+            data = msgspec.msgpack.encode(value)
+        except OverflowError as e:  # it was read from other entries, or added up from them
+            raise Damaged(f"catalog table {table}, entry {key.hex()}: {e}, expected numbers of 64 bits") from e
+        self._replace(table, key, entries.framed(key, data))
 
     def _delete(self, table: str, key: bytes) -> None:
         self._replace(table, key, None)
@@ -201,8 +206,11 @@ class Transaction:
         data = self._get("tokens", _id(segment), bytes)
         if data is None:
             raise Damaged(f"segment {segment}: no token ids in the catalog, expected them; run 'kvdb repair'")
-        if len(data) % 4:
-            raise Damaged(f"segment {segment}: {len(data)} bytes of token ids, expected 4 each; run 'kvdb repair'")
+        if len(data) % 4 or len(data) > 4 * SEGMENT_TOKENS:
+            raise Damaged(
+                f"segment {segment}: {len(data)} bytes of token ids, expected 4 for each of at most {SEGMENT_TOKENS}; run "
+                "'kvdb repair'"
+            )
         return np.frombuffer(data, "<u4")
 
     def add_segment(self, entry: SegmentEntry, identity: Identity, token_ids: Tokens) -> None:

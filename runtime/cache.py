@@ -76,7 +76,7 @@ class KVDBCache(Cache):
         self._reader = db.reader()
         self._staging = Staging(dtype, device)
         self.rows = [History(db, identity, geometry, self._reader, self._staging, model_label) for _ in range(batch)]
-        self._release = weakref.finalize(self, _release, self.rows, self._reader)
+        self._let_go = weakref.finalize(self, _let_go, self.rows, self._reader)
         self._active = False
         self._broken: str | None = None
         self._selecting_steps = 0
@@ -293,12 +293,15 @@ class KVDBCache(Cache):
     def close(self) -> None:
         """Release threads, maps, files and memory. Closing twice is fine."""
         self._broken = "it is closed"
-        self._release()
+        if self._let_go.detach() is not None:
+            for row in self.rows:
+                row.close()
+            self._reader.close()
         for layer in self.layers:
             layer.stored.tail = Tail()
 
 
-def _release(rows: list[History], reader: Reader) -> None:
+def _let_go(rows: list[History], reader: Reader) -> None:
     for row in rows:
-        row.close()
+        row.let_go()
     reader.close()

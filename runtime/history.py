@@ -318,3 +318,8 @@ class History:
     def close(self) -> None:
         self.discard()
         self._behind.close()
+
+    def let_go(self) -> None:
+        """As `close`, for a finalizer: waits for nothing."""
+        writer, self._writer = self._writer, None
+        self._behind.let_go(writer.discard if writer is not None else lambda: None)

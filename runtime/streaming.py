@@ -58,6 +58,19 @@ class WriteBehind:
         if self._pool is not None:
             self._pool.shutdown()
 
+    def let_go(self, then: Callable[[], None]) -> None:
+        """As `close`, but without waiting: a finalizer runs in any thread and whatever locks that holds, joining none.
+
+        then  called once nothing is being written any more
+        """
+        self._failed = self._failed or RuntimeError("abandoned")
+        if self._pending:
+            self._pending[-1][1].add_done_callback(lambda _: then())
+        else:
+            then()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+
     def _guarded(self, write: Callable[[], None]) -> None:
         if self._failed is None:
             try:

@@ -1,6 +1,7 @@
 """Imports go one way, `tools -> runtime -> kvdb`, and nothing in the product can run code that came from a store.
 
-The syntax tree of every module is walked, so an import inside a function counts.
+The syntax tree of every module is walked, so an import inside a function counts. And the interpreter is asked what really happens
+when a store is opened, read and checked.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ MODULES = {
 ENGINE = {name for name, path in MODULES.items() if path.is_relative_to(ROOT / "kvdb")}
 RUNTIME = {name for name, path in MODULES.items() if path.is_relative_to(ROOT / "runtime")}
 
-FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
-FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_MODULES = {
+    "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "code", "codeop",
+}  # fmt: skip
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "importlib.import_module", "os.system", "os.popen"}
 
 
 def imports(source: str, package: str = "kvdb") -> Iterator[str]:
@@ -109,3 +112,70 @@ def test_the_walk_sees_planted_imports(source: str) -> None:
 )
 def test_the_walk_sees_planted_dangers(source: str) -> None:
     assert dangers(source)
+
+
+# -- what really happens: the interpreter tells of every import, compilation, file and process
+
+WATCHED = """
+import os, sys
+from pathlib import Path
+from helpers import extend, token_list
+from kvdb import KVDB
+from kvdb.repair import repair
+from kvdb.untrusted import look
+
+root, planted = Path(sys.argv[1]), sys.argv[2]
+told = []
+
+def watch(event, arguments):
+    if event in ("exec", "compile", "import", "marshal.loads", "marshal.load", "pickle.find_class", "os.system", "os.exec",
+                 "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "ctypes.dlopen", "socket.connect"):
+        told.append((event, str(arguments[0])))
+    elif event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"):
+        writes = event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        paths = [a for a in arguments[:2] if isinstance(a, (str, bytes, Path))][: 2 if event in ("os.rename", "os.link") else 1]
+        for path in paths if writes else []:
+            if not Path(os.fsdecode(path)).is_relative_to(root):
+                told.append((event, os.fsdecode(path)))
+
+def use():
+    look(root)
+    for mode in ("r", "a"):
+        with KVDB.open(root, mode) as db:
+            db.check()
+            for sequence in db.sequences():
+                reader = db.reader()
+                for segment in db.segments(sequence.spans):
+                    reader.open(segment)
+                reader.close()
+            db.info()
+    repair(root)
+
+with KVDB.open(root) as db:
+    extend(db, token_list(40), name="a")
+use()  # what is imported late is imported now
+exec("def act():\\n    " + planted)
+sys.addaudithook(watch)
+use()
+act()
+print(told)
+"""
+
+
+def test_opening_reading_and_checking_a_store_runs_no_code_and_writes_nothing_outside_it(tmp_path: Path) -> None:
+    assert finish(python(WATCHED, str(tmp_path / "s"), "pass")).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "import pickle; pickle.loads(b'cposix\\nsystem\\n.')",
+        "import marshal; marshal.loads(b'N')",
+        "import colorsys",
+        "open(str(root) + '-outside', 'w')",
+        "os.rename(root / 'kvdb.json', str(root) + '-outside')",
+        "os.system('true')",
+    ],
+)
+def test_the_watch_sees_planted_code_and_writes(tmp_path: Path, planted: str) -> None:
+    assert finish(python(WATCHED, str(tmp_path / "s"), planted)).strip() != "[]"

@@ -1,22 +1,36 @@
-"""What happens to a cache when a save fails, its prefix is deleted, or its model changes: an error, never wrong KV."""
+"""What happens to a cache when a save fails, its prefix is deleted, merged or damaged, or its model changes: it goes on right, or
+there is an error, never wrong KV."""
 
 from __future__ import annotations
 
 import errno
+import gc
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import opened
+from helpers import flip, opened, tree_bytes
 from tiny_models import greedy, prompt, stock, tiny
 from torch import Tensor, nn
 
-from kvdb import KVDB
-from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, PrefixDeleted, StorageFull, StoreLocked
+from kvdb import KVDB, files
+from kvdb.errors import (
+    Damaged,
+    IdentityMismatch,
+    InvalidInput,
+    PrefixDeleted,
+    SequenceNotFound,
+    StorageFull,
+    StoreLocked,
+)
+from kvdb.reader import Reader
 from kvdb.runtime import attach
 from kvdb.runtime.identity import weights_digest
 from kvdb.runtime.tiles import attend, merge
+from kvdb.segments import Segment, row_bytes
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -126,3 +140,210 @@ def test_many_tiles_of_half_precision_do_not_add_up_rounding() -> None:
         whole = merge([whole, attend(q, k[:, start : start + 16], v[:, start : start + 16], scale=1.0)])
     # Each tile's own mean is rounded once to bfloat16 (2^-9 relative), and errors average out; merging adds float32 rounding.
     assert (whole.out.float() - v.float().mean(1)).abs().max() <= 2**-9
+
+
+# -- the store changes under a live cache
+
+
+def test_a_prefix_that_is_merged_under_a_cache_is_saved_with_it(tmp_path: Path) -> None:
+    model, ids = tiny(), prompt(300)
+    with opened(tmp_path / "s") as db, attach(model, db, exact=True) as kv:
+        for tokens in (100, 200, 300):
+            kv.cache(ids[:, :tokens])
+        cache = kv.cache(ids)
+        assert db.compact() == 2
+        out = greedy(model, ids, cache, 8)
+        assert torch.equal(out, stock(model, ids, 8))
+        kv.save(cache, name="merged")
+        again = kv.load("merged")
+        assert again.length == 307
+        longer = torch.cat((ids, out), 1)
+        assert torch.equal(greedy(model, longer, again, 4), stock(model, longer, 4))
+
+
+@pytest.mark.parametrize("go", ["evict", "delete"])
+def test_a_prefix_that_is_gone_is_read_on_but_not_continued_in_the_store(tmp_path: Path, go: str) -> None:
+    model, ids = tiny(), prompt(1500)
+    with KVDB.open(tmp_path / "s", grace_s=0) as db, attach(model, db, exact=True) as kv:
+        kv.save(kv.cache(ids), name="prefix")
+        cache = kv.load("prefix")
+        if go == "delete":
+            db.delete("prefix")
+        db.evict(0, named=True)
+        assert db.info()["segments"] == 0
+        assert torch.equal(greedy(model, ids, cache, 8), stock(model, ids, 8))
+        with pytest.raises(PrefixDeleted, match="make the cache again"):
+            kv.save(cache, name="later")
+        assert db.sequences() == []
+        assert db.check() == []
+
+
+class Meddler:
+    """Between finding a prefix and opening it, does something to the store: the first `times` times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, meddle: Callable[[], object], times: int) -> None:
+        self.left = times
+        real = Reader.open
+
+        def open_(reader: Reader, segment: Segment) -> None:
+            if self.left:
+                self.left -= 1
+                meddle()
+            real(reader, segment)
+
+        monkeypatch.setattr(Reader, "open", open_)
+
+
+def test_a_prefix_that_goes_while_it_is_opened_is_looked_for_again_until_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny(), prompt(300)
+    with KVDB.open(tmp_path / "s", grace_s=0) as db, attach(model, db, exact=True) as kv:
+        for tokens in (100, 200, 300):
+            kv.cache(ids[:, :tokens])
+        meddler = Meddler(monkeypatch, lambda: db.evict(max(0, db.info()["disk_bytes"] - 1)), 20)  # one more each time
+        cache = kv.cache(ids)
+        assert cache.metrics.reused_tokens == 0
+        assert meddler.left == 17
+        meddler.left = 0
+        assert torch.equal(greedy(model, ids, cache, 8), stock(model, ids, 8))
+        assert db.check() == []
+
+
+def test_a_prefix_that_goes_to_the_trash_while_it_is_opened_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny(), prompt(300)
+    with KVDB.open(tmp_path / "s", grace_s=3600) as db, attach(model, db, exact=True) as kv:
+        kv.cache(ids)
+        Meddler(monkeypatch, lambda: db.evict(0), 1)
+        cache = kv.cache(ids)
+        assert cache.metrics.reused_tokens == 299
+        assert db.sequences() == []
+        assert torch.equal(greedy(model, ids, cache, 8), stock(model, ids, 8))
+        assert db.check() == []
+
+
+def test_a_sequence_that_is_merged_while_it_is_loaded_is_found_where_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny(), prompt(300)
+    with KVDB.open(tmp_path / "s", grace_s=0) as db, attach(model, db, exact=True) as kv:
+        for tokens in (100, 200, 300):
+            kv.save(kv.cache(ids[:, :tokens]), name="talk")
+        Meddler(monkeypatch, db.compact, 1)
+        cache = kv.load("talk")
+        assert len(db.sequence("talk").spans) == 1
+        assert torch.equal(greedy(model, ids, cache, 8), stock(model, ids, 8))
+        Meddler(monkeypatch, lambda: (db.delete("talk"), db.evict(0)), 1)
+        with pytest.raises(SequenceNotFound):
+            kv.load("talk")
+        assert db.check() == []
+
+
+def test_a_forgotten_cache_is_collected_without_waiting_for_its_writes(tmp_path: Path) -> None:
+    model, ids = tiny(), prompt(1500)
+    with opened(tmp_path / "s") as db, attach(model, db, exact=True) as kv:
+        cache = kv.cache(ids)
+        greedy(model, torch.cat((ids, prompt(1100, seed=1)), 1), cache, 1)  # its segment in flight is not full
+        gate, done = threading.Event(), threading.Event()
+
+        def write() -> None:
+            gate.wait()
+            done.set()
+
+        cache.rows[0]._behind.submit(0, write)
+        del cache
+        gc.collect()  # in any thread, at any time: waiting here could wait for ever
+        assert not done.is_set()
+        gate.set()
+        assert done.wait(60)
+
+
+def test_generating_changes_no_file_that_was_there(tmp_path: Path) -> None:
+    model, ids = tiny(), prompt(300)
+    with opened(tmp_path / "s") as db, attach(model, db, exact=True) as kv:
+        kv.save(kv.cache(ids), name="loaded")
+        before = tree_bytes(tmp_path / "s" / "chunks")
+        cache = kv.load("loaded")
+        out = greedy(model, ids, cache, 8)
+        kv.save(cache, name="longer")
+        longer = torch.cat((ids, out), 1)
+        kv.save(kv.cache(torch.cat((longer, prompt(40, seed=3)), 1)), name="longest")
+        after = tree_bytes(tmp_path / "s" / "chunks")
+        assert {name: after.get(name) for name in before} == before
+        assert len(after) > len(before)
+        assert db.tokens(db.sequence("loaded").spans).tolist() == ids[0, :299].tolist()
+
+
+def test_a_saved_cache_may_be_kept_for_a_time_or_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny(), prompt(60)
+    with opened(tmp_path / "s") as db, attach(model, db) as kv:
+        kv.save(kv.cache(ids), name="brief", ttl_s=60)
+        kv.save(kv.cache(prompt(60, seed=1)), name="pinned", ttl_s=60)
+        db.pin("pinned")
+        assert kv.load("brief").length == 59
+        start = files.moment()
+        monkeypatch.setattr(files, "moment", lambda: start._replace(uptime=start.uptime + 61))
+        with pytest.raises(SequenceNotFound, match="expired"):
+            kv.load("brief")
+        db.evict(0, named=True)
+        assert [s.name for s in db.sequences()] == ["pinned"]
+        assert kv.load("pinned").length == 59
+
+
+# -- damage under a live cache
+
+
+def _damage(path: Path, db: KVDB, name: str, *, layer: int, chunk: int) -> None:
+    """Flip a bit of the record of head 1 in the sequence's only segment."""
+    (segment,) = db.segments(db.sequence(name).spans)
+    info = segment.info
+    heads = info.geometry.groups[0].kv_heads
+    row = (layer * info.capacity + chunk) * heads + 1
+    flip(path / "chunks" / f"{info.segment}.kv0" / "c.0.0.0.0.0", row * row_bytes(info, 0) + 7, bit=6)
+
+
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+@pytest.mark.parametrize(("budget", "chunk"), [(None, 3), (0.1, 0)], ids=["exact", "budget"])
+def test_a_damaged_record_ends_a_generation_with_its_address(
+    tmp_path: Path, read_mode: str, budget: float | None, chunk: int
+) -> None:
+    model, ids, other = tiny(), prompt(1500), prompt(60, seed=2)
+    with (
+        KVDB.open(tmp_path / "s", read_mode=read_mode) as db,
+        attach(model, db, exact=budget is None, budget=budget) as kv,
+    ):
+        kv.save(kv.cache(ids), name="report")
+        opened_before = kv.load("report")
+        _damage(tmp_path / "s", db, "report", layer=1, chunk=chunk)
+        for cache in (opened_before, kv.load("report")):
+            with pytest.raises(
+                Damaged, match=rf"sequence report: segment \w+, layer 1, chunk {chunk}, head 1, file .*c\.0.*, offset"
+            ):
+                greedy(model, ids, cache, 4)
+            with pytest.raises(InvalidInput, match="failed half-way"):
+                kv.save(cache)
+        assert torch.equal(greedy(model, other, kv.cache(other), 8), stock(model, other, 8))
+
+
+@pytest.mark.parametrize("verify", ["always", "first", "never"])
+def test_damage_after_a_record_was_read_is_seen_where_every_read_is_verified(tmp_path: Path, verify: str) -> None:
+    model, ids = tiny(), prompt(1500)
+    with KVDB.open(tmp_path / "s", verify=verify) as db, attach(model, db, exact=True) as kv:
+        kv.save(kv.cache(ids), name="report")
+        assert torch.equal(greedy(model, ids, kv.load("report"), 4), stock(model, ids, 4))
+        _damage(tmp_path / "s", db, "report", layer=0, chunk=3)
+        if verify == "always":
+            with pytest.raises(Damaged, match=r"sequence report: .* layer 0, chunk 3, head 1"):
+                greedy(model, ids, kv.load("report"), 4)
+        else:
+            greedy(model, ids, kv.load("report"), 4)  # this handle has verified it already, or never does
+        assert [p.kind for p in db.check()] == ["record"]
+    with KVDB.open(tmp_path / "s", verify=verify) as db, attach(model, db, exact=True) as kv:
+        cache = kv.load("report")
+        if verify == "never":
+            greedy(model, ids, cache, 4)
+        else:
+            with pytest.raises(Damaged, match=r"sequence report: .* layer 0, chunk 3, head 1"):
+                greedy(model, ids, cache, 4)

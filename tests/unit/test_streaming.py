@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from helpers import finish, python
 
 from kvdb.errors import StorageFull
 from kvdb.runtime.streaming import WriteBehind
@@ -147,6 +148,35 @@ def test_after_abandoning_it_can_be_used_again(behind: WriteBehind) -> None:
     assert written == [1]
 
 
+def test_letting_go_waits_for_nothing_and_ends_after_the_write_under_way(behind: WriteBehind) -> None:
+    gate, begun, ended, written = threading.Event(), threading.Event(), threading.Event(), []
+
+    def slow() -> None:
+        begun.set()
+        gate.wait(LONG_S)
+        written.append("slow")
+
+    behind.submit(0, slow)
+    behind.submit(1, lambda: written.append("never"))
+    begun.wait(LONG_S)
+
+    def then() -> None:
+        written.append("then")
+        ended.set()
+
+    behind.let_go(then)
+    assert written == []
+    gate.set()
+    assert ended.wait(LONG_S)
+    assert written == ["slow", "then"]
+
+
+def test_letting_go_where_nothing_was_written_ends_at_once(behind: WriteBehind) -> None:
+    ended: list[str] = []
+    behind.let_go(lambda: ended.append("then"))
+    assert ended == ["then"]
+
+
 def test_closing_twice_is_fine_and_undoes_nothing(behind: WriteBehind) -> None:
     written: list[int] = []
     behind.submit(0, lambda: written.append(1))
@@ -154,3 +184,34 @@ def test_closing_twice_is_fine_and_undoes_nothing(behind: WriteBehind) -> None:
     behind.close()
     behind.close()
     assert written == [1]
+
+
+def test_in_a_forked_child_going_on_is_an_error_and_closing_waits_for_nobody() -> None:
+    said = finish(
+        python(
+            """
+import os, threading
+from kvdb.errors import InvalidInput
+from kvdb.runtime.streaming import WriteBehind
+behind, gate, written = WriteBehind(), threading.Event(), []
+behind.submit(0, gate.wait)
+behind.submit(1, lambda: written.append(1))
+pid = os.fork()
+if pid == 0:
+    for act in (lambda: behind.submit(0, print), behind.wait):
+        try:
+            act()
+        except InvalidInput as error:
+            print(error, flush=True)
+    behind.close()
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+gate.set()
+behind.wait()
+print(written)
+behind.close()
+"""
+        )
+    )
+    assert said.count("made before this process was forked") == 2
+    assert said.endswith("0\n[1]\n")
