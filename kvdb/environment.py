@@ -270,9 +270,15 @@ class _Open:
 
     def __init__(self) -> None:
         self.lock, self.known = threading.Lock(), weakref.WeakValueDictionary[tuple[str, bool], Environment]()
-        os.register_at_fork(
-            before=self._before_fork, after_in_parent=self._after_fork_in_parent, after_in_child=self._after_fork
-        )
+        self._watching = False
+
+    def add(self, key: tuple[str, bool], env: Environment) -> None:
+        if not self._watching:  # with the first environment, not at import
+            self._watching = True
+            os.register_at_fork(
+                before=self._before_fork, after_in_parent=self._after_fork_in_parent, after_in_child=self._after_fork
+            )
+        self.known[key] = env
 
     def _before_fork(self) -> None:
         self.lock.acquire()  # until it is done: no environment comes, and no other thread forks
@@ -312,7 +318,7 @@ def environment(path: Path, *, readonly: bool, durable: bool, lock: bool = True)
                 "writing"
             )
         env = Environment(path, readonly=readonly, durable=durable, lock=lock)
-        _OPEN.known[where, readonly] = env
+        _OPEN.add((where, readonly), env)
         return env
 
 
