@@ -4,7 +4,8 @@ Facts checked: every entry of the catalog verifies, and each table has as many a
 and its parents lead to position 0; spans lie on the grid, inside their segments and end to end; sequences have the root of
 their segments; the prefix tree finds every segment and lists no other; names, manifests, uses and counters agree with what
 is there; files are there and of the right size; metadata says what the catalog says; seals, token ids, abstracts and every
-record match their digests; nothing is left that no entry names and no live writer owns. It reads, and repairs nothing.
+record match their digests; no array or manifest is left that no entry names. It reads, and repairs nothing. (What a dead
+writer left in tmp/ is no problem: the next opener for writing removes it.)
 
 The catalog is seen as of one moment. Files are looked at after that: what was deleted meanwhile is no problem, so findings
 about files are looked at again, while no writer is at work, before they are told.
@@ -20,7 +21,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from kvdb import files, folder, format, manifests
+from kvdb import files, format, manifests
 from kvdb.abstracts import ABSTRACTS
 from kvdb.catalog import Catalog
 from kvdb.entries import SegmentEntry, Sequence, spans_root
@@ -83,10 +84,6 @@ def _check_leftovers(root: Path, txn: Transaction) -> Iterator[Problem]:
             yield Problem(
                 f"sequence {wanted[name].name}", "manifest", "its manifest is missing or differs, expected it"
             )
-    for workspace in folder.dead_workspaces(root):
-        yield Problem(
-            f"workspace {workspace.name}", "leftover", "its writer is gone, expected it swept; open for writing"
-        )
 
 
 def _identity(txn: Transaction, digest: str) -> Identity | None:

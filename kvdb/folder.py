@@ -176,16 +176,6 @@ def sweep(root: Path, catalog: Catalog) -> None:
                 files.unlink(root / manifests.NAMES / name)
 
 
-def dead_workspaces(root: Path) -> list[Path]:
-    """What writers that are gone have left in tmp/."""
-    found = []
-    for name in files.list_dir(root / "tmp"):
-        with contextlib.suppress(StoreLocked, FileNotFoundError, NotADirectoryError, PermissionError):
-            files.close(files.lock(root / "tmp" / name / "lock", timeout_s=0, create=False, shared=True))
-            found.append(root / "tmp" / name)
-    return found
-
-
 def _sweep_workspaces(root: Path) -> bool:
     """Whether any was left by a dead writer."""
     died = False

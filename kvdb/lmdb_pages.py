@@ -27,6 +27,17 @@ _FREE, _MAIN, _PLAIN, _SORTED, _INNER, _UNKNOWN = range(6)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_NODE_FLAGS: Final[Array] = np.zeros((5, 8), bool)
+"""Which flags a leaf's nodes may have, by kind of tree."""
+for _kind, _allowed in (
+    (_FREE, (0, _BIG)),
+    (_MAIN, (_TABLE,)),
+    (_PLAIN, (0, _BIG)),
+    (_SORTED, (0, _DUPLICATES, _DUPLICATES | _TABLE)),
+    (_INNER, (0,)),
+):
+    _NODE_FLAGS[_kind, list(_allowed)] = True
+
 
 class _Tree(NamedTuple):
     """A tree's record: where it begins and what it says it has."""
@@ -177,13 +188,7 @@ class _Walk:
         """How many entries each leaf node stands for; tables and duplicates in them become trees."""
         kind = np.array([t.kind for t in self.trees])[tree]
         value = nodes.at + _NODE_HEADER + nodes.key_bytes
-        allowed = np.array(
-            [[1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0, 1], [1] + 6 * [0]],
-            bool,
-        )
-        self.expect(
-            (nodes.flags <= 6) & allowed[kind, np.minimum(nodes.flags, 6)], "flags of another kind of node", nodes.at
-        )
+        self.expect((nodes.flags < 8) & _NODE_FLAGS[kind, nodes.flags & 7], "flags of another kind of node", nodes.at)
         self.expect((kind != _INNER) | (nodes.value_bytes == 0), "a duplicate with a value, expected none", nodes.at)
         entries = np.ones(len(kind), np.int64)
         big = np.flatnonzero(nodes.flags == _BIG)

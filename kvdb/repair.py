@@ -33,7 +33,7 @@ from kvdb.segments import layout
 
 FILE_KINDS: Final = ("metadata", "missing-file", "size", "index", "digests", "token-ids", "record", "abstract", "seal")
 """Problems of a segment's files: the catalog is fine."""
-_LITTER: Final = ("orphan", "leftover", "manifest")
+_LITTER: Final = ("orphan", "manifest")
 
 
 class Repair(msgspec.Struct, kw_only=True):

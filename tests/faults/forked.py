@@ -13,7 +13,10 @@ import select
 import signal
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from helpers import finish, python
 
 PATIENCE_S = 10
 MEMORY_BYTES = 512 << 20
@@ -76,3 +79,21 @@ def _said(reading: int) -> bytes | None:
             return said
         said += part
     return None
+
+
+def trials(module: str, folder: Path, count: int, *arguments: str) -> list[Any]:
+    """What `main(folder, first, stop, step, *arguments)` of a harness prints, a line of JSON per seed below `count`: two
+    processes share the seeds."""
+    code = f"import sys; from {module} import main; main(sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:])"
+    running = []
+    for first in range(2):
+        (folder / str(first)).mkdir(parents=True)
+        running.append(python(code, str(folder / str(first)), str(first), str(count), "2", *arguments))
+    try:
+        lines = [json.loads(line) for process in running for line in finish(process, 24 * 3600).splitlines()]
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+    assert sorted(seed for seed, *_ in lines) == list(range(count))
+    return lines

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from faults.forked import Ended
+from faults.forked import Ended, trials
 from faults.tally import Tally, counts
 from faults.workload import Violation
 from helpers import (
@@ -118,14 +118,14 @@ def test_the_judge_sees_that_digests_are_not_bound_to_their_place(
         with KVDB.open(root, "r") as db:
             return [p.kind for p in db.check()]
 
-    assert swap_records(tmp_path / "bound") == ["record", "record"]
+    assert swap_records(tmp_path / "bound") == ["seal", "record", "record"]
     monkeypatch.setattr("kvdb.format.place_seed", lambda segment: 0)
     real = format.record_digests
     monkeypatch.setattr(
         "kvdb.format.record_digests",
         lambda segment, first, rows: np.concatenate([real(segment, 0, r[None]) for r in rows]).astype("<u8"),
     )
-    assert swap_records(tmp_path / "unbound") == []
+    assert swap_records(tmp_path / "unbound") == ["seal"]
 
 
 @pytest.mark.parametrize("array", ["kv0", "kv1", "box0", "box1"])
@@ -202,15 +202,9 @@ def test_a_missing_or_short_shard_is_refused_and_others_still_read(
 # -- seeded trials
 
 
-def trials(scratch: Path, damage: str, count: int, plant: str | None = None) -> list[tuple[str, Ended]]:
-    """What was done and how the look at it ended, for seeds 0..count, on two processors."""
-    code = "import sys; from faults.damage import main; main(*sys.argv[1:3], *map(int, sys.argv[3:6]), sys.argv[6] or None)"
-    running = []
-    for first in range(2):
-        (scratch / str(first)).mkdir()
-        running.append(python(code, str(scratch / str(first)), damage, str(first), str(count), "2", plant or ""))
-    lines = [json.loads(line) for process in running for line in finish(process, 24 * 3600).splitlines()]
-    assert sorted(seed for seed, _, _ in lines) == list(range(count))
+def damaged(scratch: Path, damage: str, count: int, plant: str = "") -> list[tuple[str, Ended]]:
+    """What was done and how the look at it ended, for seeds 0..count."""
+    lines = trials("faults.damage", scratch, count, damage, plant)
     return [(f"seed {seed}, {what}", Ended(*ended)) for seed, what, ended in lines]
 
 
@@ -231,26 +225,26 @@ def judge(tally: Tally, found: list[tuple[str, Ended]]) -> None:
 
 @pytest.mark.slow
 def test_no_damaged_byte_is_read_nothing_crashes_and_others_read_whole(scratch: Path, tally: Tally) -> None:
-    judge(tally, trials(scratch, "harm", counts(10_000)))
+    judge(tally, damaged(scratch, "harm", counts(10_000)))
 
 
 @pytest.mark.slow
 def test_what_is_missing_is_never_zeros(scratch: Path, tally: Tally) -> None:
-    judge(tally, trials(scratch, "take away", counts(1_000)))
+    judge(tally, damaged(scratch, "take away", counts(1_000)))
 
 
 def test_a_shard_cut_anywhere_is_refused(scratch: Path, tally: Tally) -> None:
-    judge(tally, trials(scratch, "cut", counts(200)))
+    judge(tally, damaged(scratch, "cut", counts(200)))
 
 
 @pytest.mark.parametrize(("plant", "damage"), [("no digest check", "harm"), ("no size check", "cut")])
 def test_the_trials_see_a_planted_bug(scratch: Path, plant: str, damage: str) -> None:
-    found = trials(scratch, damage, 40, plant)
+    found = damaged(scratch, damage, 40, plant)
     assert any(ended.harm is not None or ended.answer["violations"] for _, ended in found)
 
 
 def special(scratch: Path, what: str, plant: str = "") -> Ended:
-    code = "import sys; from faults.damage import special; special(sys.argv[1], sys.argv[2], sys.argv[3] or None)"
+    code = "import sys; from faults.damage import special; special(*sys.argv[1:])"
     return Ended(*json.loads(finish(python(code, str(scratch), what, plant))))
 
 

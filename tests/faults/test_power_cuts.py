@@ -7,6 +7,7 @@ acknowledgements lie on another file system. Each cut has a new store on the sam
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def cut_after(nurse: Nursery, disk: LoopDisk, acks: Path, delay_s: float, plant:
     nurse.wait(pid)
     disk.unmount()
     disk.mount()
-    return nurse.verdict(store, acks, plant=plant)
+    violation = nurse.verdict(store, acks, plant=plant)
+    shutil.rmtree(store, ignore_errors=True)  # it may never have been made
+    return violation
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])

@@ -189,11 +189,6 @@ def foreign_manifest(root: Path) -> None:
     (root / "names" / "somebody.json").write_bytes(b"{}")
 
 
-def dead_writer(root: Path) -> None:
-    (root / "tmp" / "1-dead").mkdir()
-    (root / "tmp" / "1-dead" / "lock").touch()
-
-
 def lost_manifest(root: Path) -> None:
     next((root / "names").iterdir()).unlink()
 
@@ -203,7 +198,7 @@ def lying_manifest(root: Path) -> None:
     path.write_text(path.read_text().replace('"good"', '"evil"').replace('"bad"', '"evil"'))
 
 
-LITTER = [orphan, foreign_manifest, dead_writer, lost_manifest, lying_manifest]
+LITTER = [orphan, foreign_manifest, lost_manifest, lying_manifest]
 
 
 @pytest.mark.parametrize("damage", LITTER)
