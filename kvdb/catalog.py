@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from kvdb import files, manifests
-from kvdb.environment import DATA, Environment, environment, leave
+from kvdb.environment import DATA, RELAXED, Environment, environment, leave
 from kvdb.errors import Damaged, StorageFull, StoreError, StoreLocked
 from kvdb.lock import WriteLock
 from kvdb.transaction import Transaction
@@ -49,6 +49,10 @@ class Catalog:
             raise Damaged(f"{path}: no {DATA}, expected the store's catalog; run 'kvdb repair --rebuild'")
         self._locking, self._lock_timeout_s = lock, lock_timeout_s
         self._lock = WriteLock(path / LOCK, timeout_s=lock_timeout_s)
+        if not (readonly or durable or (path / RELAXED).exists()):
+            with contextlib.suppress(FileExistsError):
+                files.write_new(path / RELAXED, b"")
+            files.fsync_dir(path)
         self._env: Environment | None = environment(path, readonly=readonly, durable=durable, lock=lock)
 
     @property

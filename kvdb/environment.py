@@ -29,6 +29,8 @@ TABLES: Final = (
     "meta", "identities", "segments", "tokens", "tree", "sequences", "names", "uses", "moved", "unsynced",
 )  # fmt: skip
 DATA: Final = "data.mdb"
+RELAXED: Final = "relaxed"
+"""A file beside it, once it was ever written to without waiting for the disk."""
 _MAGIC, _VERSION, _META_FLAG, _NO_PAGE = 0xBEEF_C0DE, 1, 0x08, (1 << 64) - 1
 _HEADROOM: Final = 32 << 20
 """Least free address space when a write begins: more than any one transaction of ours writes."""
@@ -68,6 +70,7 @@ def check_meta_pages(path: Path) -> None:
                     f"{path}, meta page {number}: magic {magic:#x}, version {version}, page size {own_size}, expected "
                     f"{_MAGIC:#x}, {_VERSION}, {page_size}; run 'kvdb repair --rebuild'"
                 )
+        _check_neighbours(fd, path, page_size)
         newest = max(pages, key=transaction_id)  # all that LMDB looks at: a failed commit may have torn the other one
         free_root, main_root, last = (struct.unpack_from("<Q", newest, at)[0] for at in (80, 128, 136))
         # The last pages of a transaction may never have been written; what lies before them is looked through later.
@@ -80,6 +83,28 @@ def check_meta_pages(path: Path) -> None:
             )
     finally:
         files.close(fd)
+
+
+def _check_neighbours(fd: int, path: Path, page_size: int) -> None:
+    """The two meta pages are of successive transactions, the even one first. With one number flipped LMDB would take the older
+    page for the newest, and the last commit would be gone without a word. (Where a commit did not wait for its meta page to
+    reach the disk, a power failure may leave others.)
+
+    raises  Damaged
+    """
+    seen: set[tuple[int, ...]] = set()
+    for _ in range(_ATTEMPTS):
+        ids = tuple(transaction_id(files.pread(fd, META_BYTES, at)) for at in (0, page_size))
+        relaxed = path.with_name(RELAXED).exists()
+        if ids == (0, 0) or (ids[0] % 2 == 0 and ids[1] % 2 == 1 and (relaxed or abs(ids[0] - ids[1]) == 1)):
+            return
+        if ids in seen:  # nobody is writing
+            break
+        seen.add(ids)
+    raise Damaged(
+        f"{path}: meta pages of transactions {ids[0]} and {ids[1]}, expected an even and an odd one, neighbours; run 'kvdb "
+        "repair --rebuild'"
+    )
 
 
 @contextlib.contextmanager

@@ -345,11 +345,6 @@ def moment() -> Moment:
         return Moment(now(), "", time.monotonic())
 
 
-def changed_ns(folder: Path) -> int:
-    """A number that differs after an entry of a folder was added, taken away or replaced."""
-    return os.lstat(folder).st_mtime_ns
-
-
 def modified(path: Path) -> float:
     """When a folder was last marked, in wall-clock seconds."""
     return os.lstat(path).st_mtime

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 from kvdb import files, manifests
 from kvdb.catalog import Catalog
-from kvdb.entries import SegmentEntry, Sequence
+from kvdb.entries import SegmentEntry, Sequence, Totals
 from kvdb.errors import StorageFull
 from kvdb.format import METADATA_KEY, SegmentInfo
 from kvdb.reader import TRASH
@@ -60,30 +60,26 @@ class Space:
     ) -> None:
         self.root, self.catalog, self.floor, self.grace_s, self.retention = root, catalog, floor, grace_s, retention
         self._settle = settle
-        self._names = (0, 0)  # when names/ had last changed, and its bytes then
+        self._names: tuple[Totals | None, int] = None, 0  # totals of the names, and the bytes of their manifests then
 
     # -- measuring
 
     def used_bytes(self) -> int:
         """Everything the store occupies, as of now."""
         with self.catalog.begin() as txn:
-            segments = txn.counters().segment_bytes
+            segments, named = txn.counters().segment_bytes, txn.totals("names")
+        if named != self._names[0]:  # there may be thousands: they are only looked at again when they have changed
+            self._names = named, files.tree_bytes(self.root / manifests.NAMES)
         parts = (TRASH, "quarantine", "catalog")
         in_flight = files.tree_bytes(self.root / "tmp", reserved=True)
         fixed = (".", "kvdb.json", "chunks", f"chunks/{METADATA_KEY}")
         return (
             segments
             + in_flight
-            + self._names_bytes()
+            + self._names[1]
             + sum(files.tree_bytes(self.root / part) for part in parts)
             + sum(files.disk_bytes(self.root / part) for part in fixed)
         )
-
-    def _names_bytes(self) -> int:
-        changed = files.changed_ns(self.root / manifests.NAMES)
-        if changed != self._names[0]:
-            self._names = changed, files.tree_bytes(self.root / manifests.NAMES)
-        return self._names[1]
 
     def _short_of(self, need: int) -> int:
         """Bytes that must go before `need` more fit; at most 0 when they fit."""

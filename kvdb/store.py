@@ -1,6 +1,6 @@
 """KVDB: a store of KV on disk. Opens, finds prefixes, hands out writers, commits, lists, deletes.
 
-The chain of a commit: payload -> index -> fsync -> rename -> fsync folder -> one synced LMDB transaction. Only the last
+The chain of a commit: payload -> index -> rename -> fsync of files and folders -> one synced LMDB transaction. Only the last
 step makes anything visible; what a dead writer left is removed at the next open for writing.
 """
 

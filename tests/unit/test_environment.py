@@ -166,6 +166,38 @@ def test_a_changed_field_of_a_meta_page_is_damage_or_harmless_and_no_signal(fill
         assert set(by_field[name]) == {"Damaged"}, name
 
 
+def test_a_catalog_that_fell_back_to_an_older_transaction_is_damage(filled: Path) -> None:
+    data = filled / DATA
+    sound = data.read_bytes()
+    ids = [int.from_bytes(sound[page * PAGE + 144 :][:8], "little") for page in (0, 1)]
+    newest = ids.index(max(ids))
+    fallen = []
+    for bit in range(64):
+        number = ids[newest] ^ 1 << bit
+        data.write_bytes(sound[: newest * PAGE + 144] + number.to_bytes(8, "little") + sound[newest * PAGE + 152 :])
+        try:
+            check_meta_pages(data)
+        except Damaged:
+            continue
+        fallen.append(number)
+    data.write_bytes(sound)
+    assert all(abs(number - ids[1 - newest]) == 1 for number in fallen)  # one bit of 64 gives another neighbour
+    assert len(fallen) <= 1
+
+
+def test_only_a_catalog_that_was_relaxed_may_have_meta_pages_far_apart(filled: Path) -> None:
+    data = filled / DATA
+    sound = data.read_bytes()
+    old = (int.from_bytes(sound[144:152], "little") + 40).to_bytes(8, "little")
+    data.write_bytes(sound[:144] + old + sound[152:])
+    (filled / environment.RELAXED).touch()
+    check_meta_pages(data)
+    (filled / environment.RELAXED).unlink()
+    with pytest.raises(Damaged, match="expected an even and an odd one, neighbours"):
+        check_meta_pages(data)
+    data.write_bytes(sound)
+
+
 @pytest.mark.parametrize("length", [0, 1, 159, 160, PAGE, 2 * PAGE - 1])
 def test_the_guard_names_the_file_and_the_remedy(tmp_path: Path, filled: Path, length: int) -> None:
     (tmp_path / DATA).write_bytes((filled / DATA).read_bytes()[:length])
