@@ -78,11 +78,14 @@ def _merge(db: KVDB, run: list[str]) -> int:
         stops = [entry.info.start for entry in old[1:]] + [old[-1].info.stop]
         pieces = [(entry, stop - entry.info.start) for entry, stop in zip(old, stops, strict=True)]
         tokens = np.concatenate([txn.tokens(entry.info.segment)[:count] for entry, count in pieces])
+        apart = 0  # segments up to the last whose end is another branch, which a merged one would not hold
         for i, entry in enumerate(old):
             own, start = txn.tokens(entry.info.segment), entry.info.start - old[0].info.start
             if not np.array_equal(own, tokens[start : start + len(own)]):
-                return _merge(db, run[i + 1 :])  # its end is another branch, which the merged segment would not hold
+                apart = i + 1
         identity = txn.identity(old[0].info.identity)
+    if apart:
+        return _merge(db, run[apart:])
     first = old[0].info
     if identity is None:
         raise Damaged(f"identity {first.identity}: not in the catalog, expected it; run 'kvdb repair'")
@@ -102,6 +105,7 @@ def _merge(db: KVDB, run: list[str]) -> int:
         try:
             for entry, count in pieces:
                 _copy(reader, writer, Segment(entry.info, db.path / "chunks", entry.seals), count)
+                reader.forget(entry.info.segment)  # a thousand turns are more files than a process may have open
         finally:
             reader.close()
         new = writer.seal(tokens)

@@ -180,7 +180,24 @@ class Environment:
             for name in (DATA, "lock.mdb"):  # the umask may have taken more than we asked for, or an old version less
                 with contextlib.suppress(FileNotFoundError):
                     os.chmod(self.path / name, files.FILE_MODE)
+        self._inode = files.inode(data)
         self._active, self._failed, self._inherited = 0, False, False
+
+    @property
+    def uses_lock(self) -> bool:
+        return self._lock
+
+    def expect_same_file(self) -> None:
+        """raises  StoreError when another store has been put at the path of this one"""
+        try:
+            there = files.inode(self.path / DATA)
+        except FileNotFoundError:
+            there = None
+        if there != self._inode:
+            raise StoreError(
+                f"{self.path}: removed or replaced while it is open in this process, expected the same store; close all "
+                "handles on it first"
+            )
 
     def check_structure(self) -> None:
         """Look through the pages of the newest snapshot; a reader of ours keeps them from being used again meanwhile.
@@ -266,6 +283,7 @@ class Environment:
         raise AssertionError("unreachable")
 
     def _make_room(self) -> None:
+        self.expect_same_file()
         self.env.reader_check()  # a snapshot of a reader that died would keep every page deleted since
         info = self.env.info()
         page_size = self.env.stat()["psize"]
@@ -333,14 +351,15 @@ def environment(path: Path, *, readonly: bool, durable: bool, lock: bool = True)
     with _OPEN.lock:
         for mode in (readonly, False):
             env = _OPEN.known.get((where, mode))
-            if env is not None:
+            if env is not None and env.uses_lock == lock:
                 env.ready()
+                env.expect_same_file()
                 env.handles += 1
                 return env
-        if _OPEN.known.get((where, True)) is not None:
+        if _OPEN.known.get((where, True)) is not None or _OPEN.known.get((where, False)) is not None:
             raise StoreError(
-                f"{path}: already open read-only in this process, expected no other handle; close it before opening for "
-                "writing"
+                f"{path}: already open read-only in this process, or untrusted, expected no such handle; close it before "
+                "opening it otherwise"
             )
         env = Environment(path, readonly=readonly, durable=durable, lock=lock)
         _OPEN.add((where, readonly), env)

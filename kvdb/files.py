@@ -176,6 +176,22 @@ def mkdir(path: Path, *, exist_ok: bool = False) -> None:
         os.chmod(path, FOLDER_MODE)
 
 
+def make_private(folder: Path) -> None:
+    os.chmod(folder, FOLDER_MODE)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A new private file with the bytes of another, on disk when this returns."""
+    fd, copy = open_read(source), open_excl(target)
+    try:
+        for offset in range(0, file_size(fd), 1 << 20):
+            write_all(copy, pread(fd, 1 << 20, offset), offset, target)
+        fsync(copy, target)
+    finally:
+        close(fd)
+        close(copy)
+
+
 def make_parents(path: Path) -> None:
     """The folders that lead to `path`, where they are missing, durably; with the modes that the umask leaves them."""
     missing = [parent for parent in path.absolute().parents if not parent.exists()]
@@ -396,6 +412,40 @@ def lock(path: Path, *, timeout_s: float, create: bool = True, shared: bool = Fa
     except BaseException:
         os.close(fd)
         raise
+
+
+def make_exclusive(fd: int, path: Path) -> None:
+    """Turn a shared lock into an exclusive one.
+
+    raises  StoreLocked when others share it
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StoreLocked(
+            f"{path}: open elsewhere, expected no other handle; close what has it open, or try again later"
+        ) from None
+
+
+def is_at(fd: int, path: Path) -> bool:
+    """Whether a path still leads to what is open."""
+    try:
+        there, mine = os.stat(path), os.fstat(fd)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
+
+def content_of(fd: int) -> tuple[int, int, int]:
+    """What tells an open file, as it is now, from others and from what it was: numbers of inodes are used again."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def inode(path: Path) -> tuple[int, int]:
+    """What tells a file from another that takes its place."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def unlock(fd: int) -> None:

@@ -27,6 +27,7 @@ from kvdb.format import FORMAT_VERSION
 from kvdb.geometry import CHUNK_TOKENS
 
 HEADER: Final = "kvdb.json"
+_HOLD_ATTEMPTS: Final = 100
 _PARTS: Final = ("catalog", "chunks", "names", "quarantine", "tmp", "trash")
 
 
@@ -62,6 +63,7 @@ def create(root: Path) -> None:
     """
     files.make_parents(root)
     files.mkdir(root, exist_ok=True)
+    files.make_private(root)
     making = files.lock(root, timeout_s=30, create=False)
     try:
         if (root / HEADER).exists():
@@ -103,7 +105,8 @@ def new_header() -> Header:
 def force(root: Path) -> None:
     """Have the store's own entries on disk: its maker may have died before it could."""
     files.fsync_dir(root)
-    files.fsync_dir(root.absolute().parent)
+    with contextlib.suppress(PermissionError):  # a folder that may be passed through but not read
+        files.fsync_dir(root.absolute().parent)
 
 
 def make_parts(root: Path) -> None:
@@ -144,12 +147,21 @@ def read_header(root: Path) -> Header:
         raise Damaged(f"{root / HEADER}: {e}, expected a KVDB header") from e
 
 
-def hold(root: Path, *, exclusive: bool) -> int:
+def hold(root: Path, *, exclusive: bool, timeout_s: float = 0) -> int:
     """Lock the store for as long as a handle is open, shared, or to replace it, exclusive; closing the fd releases it.
 
-    raises  StoreLocked when it is open elsewhere (exclusive) or being replaced (shared)
+    It is the folder that is locked: what is in it may be replaced. A folder that was replaced while we waited is not it.
+    raises  StoreLocked when it is open elsewhere (exclusive) or being replaced (shared); NotAStore when it is gone
     """
-    return files.lock(root / HEADER, timeout_s=0 if exclusive else 5, create=False, shared=not exclusive)
+    for _ in range(_HOLD_ATTEMPTS):
+        try:
+            fd = files.lock(root, timeout_s=timeout_s, create=False, shared=not exclusive)
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise NotAStore(f"{root}: {e.strerror}, expected a store") from e
+        if files.is_at(fd, root):
+            return fd
+        files.close(fd)
+    raise StoreLocked(f"{root}: replaced again and again, expected it to stay; try again later")
 
 
 def sweep(root: Path, catalog: Catalog) -> None:

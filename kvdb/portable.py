@@ -22,7 +22,7 @@ import numpy as np
 from kvdb import files, format
 from kvdb.check import check_files
 from kvdb.entries import SegmentEntry, Sequence, check_name
-from kvdb.errors import Damaged, IdentityMismatch, InvalidInput
+from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, SequenceNotFound
 from kvdb.identity import Identity
 from kvdb.repair import stored_tokens
 from kvdb.segments import abstract_bytes, layout
@@ -50,9 +50,20 @@ def export_sequence(db: KVDB, name_or_key: str, target: Path) -> int:
     with db.catalog.begin() as txn:
         entries = txn.span_entries(sequence.spans)
     identity = db.identity(sequence.identity)
-    for entry in entries:
-        for problem in check_files(db.path / "chunks", entry, identity, None):
-            raise Damaged(f"sequence {name_or_key!r}: {problem}; run 'kvdb repair', nothing was exported")
+    try:
+        for entry in entries:
+            for problem in check_files(db.path / "chunks", entry, identity, None):
+                raise Damaged(f"sequence {name_or_key!r}: {problem}; run 'kvdb repair', nothing was exported")
+        return _write(db, sequence, identity, entries, target)
+    except (Damaged, FileNotFoundError) as e:
+        if db.holds(sequence.spans):
+            raise
+        raise SequenceNotFound(
+            f"sequence {name_or_key!r}: deleted or merged while it was exported, expected it to stay; export it again"
+        ) from e
+
+
+def _write(db: KVDB, sequence: Sequence, identity: Identity, entries: list[SegmentEntry], target: Path) -> int:
     description = Description(export=EXPORT_VERSION, sequence=sequence, identity=identity, segments=tuple(entries))
     draft = target.with_name(f".{target.name[:200]}.{os.urandom(4).hex()}.part")
     try:
@@ -142,6 +153,9 @@ def _take_in(db: KVDB, source: Path, archive: zipfile.ZipFile, name: str | None)
                     txn.add_segment(entry, identity, stored_tokens(workspace, entry.info))
                     txn.count(bytes_written=measured, segments_written=1, tokens_written=entry.info.tokens)
                 last = described.segments[-1].info
+                older = None if name is None else txn.named(name)
+                if older is not None and older.pinned:
+                    raise InvalidInput(f"sequence {name!r}: pinned, expected a name that may move; give another one")
                 recorded = txn.record(last, sequence.tokens, name=name, model=sequence.model)
                 for array, _ in (item for entry in fresh for item in _arrays(entry)):
                     files.rename(workspace / array, db.path / "chunks" / array)
@@ -149,9 +163,11 @@ def _take_in(db: KVDB, source: Path, archive: zipfile.ZipFile, name: str | None)
             db.space.enforce(keep=last.segment)
             return recorded.key
     except BaseException:
+        db.remove_unlisted(entry.info for entry in fresh)
+        raise
+    finally:
         for array, _ in (item for entry in fresh for item in _arrays(entry)):
             files.remove_tree(workspace / array)
-        raise
 
 
 def _description(source: Path, archive: zipfile.ZipFile) -> Description:

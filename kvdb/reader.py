@@ -48,20 +48,23 @@ class Verified:
     LIMIT_BYTES: ClassVar[int] = 64 << 20
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, int], Array] = {}
+        self._rows: dict[tuple[int, int, int], Array] = {}
         self._lock = threading.Lock()
         forks.watch(self)
 
     def after_fork(self) -> None:
         self._lock = threading.Lock()
 
-    def of(self, segment: str, group: int, count: int) -> Array:
-        """The marks of a shard of `count` rows, to be set in place."""
+    def of(self, shard: tuple[int, int, int], count: int) -> Array:
+        """The marks of a shard of `count` rows, to be set in place.
+
+        shard  what tells its file from any other: not its name, which an import may bring back
+        """
         with self._lock:
-            marks = self._rows.pop((segment, group), None)
+            marks = self._rows.pop(shard, None)
             if marks is None:
                 marks = np.zeros(count, bool)
-            self._rows[segment, group] = marks
+            self._rows[shard] = marks
             while len(self._rows) > 1 and sum(map(len, self._rows.values())) > self.LIMIT_BYTES:
                 del self._rows[next(iter(self._rows))]
             return marks
@@ -318,7 +321,7 @@ class Reader(ABC):
                     name = format.kv_array(segment.info.segment, group)
                     array.load_digests(segment.seals.get(name, "no seal"))
                     assert array.digests is not None
-                    array.verified = self._verified.of(*key, len(array.digests))
+                    array.verified = self._verified.of(files.content_of(array.fd), len(array.digests))
                 self._prepare(array, layout(segment.info, group).payload_bytes)
             except BaseException:
                 self._release(array)

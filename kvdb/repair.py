@@ -33,6 +33,7 @@ from kvdb.segments import layout
 
 FILE_KINDS: Final = ("metadata", "missing-file", "size", "index", "digests", "token-ids", "record", "abstract", "seal")
 """Problems of a segment's files: the catalog is fine."""
+_UPGRADE_TIMEOUT_S: Final = 60.0
 _LITTER: Final = ("orphan", "manifest")
 
 
@@ -56,28 +57,45 @@ def repair(path: Path, *, apply: bool = False, rebuild: bool = False) -> Repair:
     rebuild  make the catalog anew from the segments whatever state it is in
     raises   NotAStore, NewerFormat; StoreLocked when a rebuild is needed and the store is open elsewhere
     """
+    path = at(path)
     report = Repair(applied=apply, problems=[], actions=[])
-    _mend_header(path, report)
-    if report.problems and not apply:  # nothing else can be asked of a store without a header
-        return report
-    if apply:
-        folder.make_parts(path)
-    problems = report.problems = [*report.problems, *_problems(path, writing=apply)]
-    if rebuild or any(p.kind not in FILE_KINDS + _LITTER for p in problems):
-        _rebuild(path, report)
+    held = folder.hold(path, exclusive=False)
+    try:
+        if not _has_header(path, report):
+            if not apply:  # nothing else can be asked of a store without a header
+                return report
+            files.make_exclusive(held, path)
+            _write_header(path)
         if apply:
-            _mend(path, set(), report)
-    else:
-        bad = {p.segment for p in problems if p.kind in FILE_KINDS and p.segment is not None}
-        if bad or problems:
+            folder.make_parts(path)
+        report.problems += _problems(path, writing=apply)
+        if rebuild or any(p.kind not in FILE_KINDS + _LITTER for p in report.problems):
+            if apply:
+                files.make_exclusive(held, path)  # nobody may be left with the old catalog
+            _rebuild(path, report)
+            if apply:
+                _mend(path, set(), report)
+        elif report.problems:
+            bad = {p.segment for p in report.problems if p.kind in FILE_KINDS and p.segment is not None}
             _mend(path, bad, report)
-    if apply:
-        report.remaining = _problems(path, writing=True)
-    return report
+        if apply:
+            report.remaining = _problems(path, writing=True)
+        return report
+    finally:
+        files.close(held)
 
 
-def _mend_header(path: Path, report: Repair) -> None:
-    """A store whose kvdb.json is gone or unreadable gets a new one; what it said are defaults."""
+def at(path: str | os.PathLike[str]) -> Path:
+    """A store's folder, whatever the working directory will be later and whichever links lead there."""
+    root = Path(os.path.abspath(path))
+    return root.resolve() if root.is_dir() else root
+
+
+def _has_header(path: Path, report: Repair) -> bool:
+    """Whether kvdb.json is there and readable.
+
+    raises  NotAStore, OlderFormat, NewerFormat
+    """
     try:
         header = folder.read_header(path)
     except (NotAStore, Damaged) as e:
@@ -85,15 +103,19 @@ def _mend_header(path: Path, report: Repair) -> None:
             raise
         report.problems.append(Problem("kvdb.json", "header", str(e)))
         report.actions.append("write kvdb.json anew, then look at the rest")
-        if report.applied:
-            folder.make_parts(path)
-            quarantine(path, path / folder.HEADER)
-            folder.replace_header(path, folder.new_header())
-        return
+        return False
     if header.format < FORMAT_VERSION:
         raise OlderFormat(
             f"{path}: store of format {header.format}, expected {FORMAT_VERSION}; open it once, which upgrades it"
         )
+    return True
+
+
+def _write_header(path: Path) -> None:
+    """A new kvdb.json; what the old one said are defaults."""
+    folder.make_parts(path)
+    quarantine(path, path / folder.HEADER)
+    folder.replace_header(path, folder.new_header())
 
 
 def _catalog(path: Path, *, readonly: bool) -> Catalog:
@@ -101,33 +123,26 @@ def _catalog(path: Path, *, readonly: bool) -> Catalog:
 
 
 def _problems(path: Path, *, writing: bool) -> list[Problem]:
-    held = folder.hold(path, exclusive=False)
     try:
         with contextlib.closing(_catalog(path, readonly=not writing)) as catalog:
             return list(check_store(path, catalog))
     except KVDBError as e:
         return [Problem("catalog", "catalog", str(e))]
-    finally:
-        files.close(held)
 
 
 # -- damaged segments under a catalog that is fine
 
 
 def _mend(path: Path, bad: set[str], report: Repair) -> None:
-    held = folder.hold(path, exclusive=False)
-    try:
-        with contextlib.closing(_catalog(path, readonly=not report.applied)) as catalog:
-            if bad:
-                report.actions += drop_segments(path, catalog, bad, apply=report.applied)
-            for problem in report.problems:
-                if problem.kind in _LITTER:
-                    report.actions.append(f"tidy {problem.loc}")
-            if report.applied:
-                with catalog.locked():
-                    _tidy(path, catalog)
-    finally:
-        files.close(held)
+    with contextlib.closing(_catalog(path, readonly=not report.applied)) as catalog:
+        if bad:
+            report.actions += drop_segments(path, catalog, bad, apply=report.applied)
+        for problem in report.problems:
+            if problem.kind in _LITTER:
+                report.actions.append(f"tidy {problem.loc}")
+        if report.applied:
+            with catalog.locked():
+                _tidy(path, catalog)
 
 
 def _tidy(path: Path, catalog: Catalog) -> None:
@@ -154,6 +169,18 @@ def _write_manifests(path: Path, named: list[Sequence]) -> None:
 
 def drop_segments(path: Path, catalog: Catalog, bad: set[str], *, apply: bool) -> list[str]:
     """Take segments and all that continues them out of the catalog, and their arrays to quarantine. Says what it does."""
+    with contextlib.ExitStack() as locked:
+        if apply:  # until the arrays are aside: nobody may bring them back meanwhile
+            locked.enter_context(catalog.locked())
+        actions, gone = _forget(catalog, bad, apply=apply)
+        for info in gone if apply else ():
+            for array in info.array_names():
+                quarantine(path, path / "chunks" / array)
+    return actions
+
+
+def _forget(catalog: Catalog, bad: set[str], *, apply: bool) -> tuple[list[str], list[SegmentInfo]]:
+    """Take segments and what continues them out of the catalog; returns what is done and the segments."""
     actions = []
     with catalog.begin(write=apply) as txn:
         segments, sequences = txn.segments(), txn.sequences()
@@ -175,11 +202,9 @@ def drop_segments(path: Path, catalog: Catalog, bad: set[str], *, apply: bool) -
             actions.append(f"quarantine segment {info.segment}: positions {info.start}..{info.stop}")
             if apply:
                 txn.remove_segment(info)
-    if apply:
-        for info in gone.values():
-            for array in info.array_names():
-                quarantine(path, path / "chunks" / array)
-    return actions
+        if apply:
+            txn.forget_gone()
+    return actions, list(gone.values())
 
 
 def _with_descendants(segments: dict[str, SegmentEntry], bad: Iterable[str]) -> dict[str, SegmentInfo]:
@@ -230,25 +255,22 @@ class _Found(msgspec.Struct, frozen=True):
 
 
 def _rebuild(path: Path, report: Repair) -> None:
-    held = folder.hold(path, exclusive=report.applied)  # nobody may be left with the old catalog
-    try:
-        chunks = path / "chunks"
-        found, broken = _scan(chunks)
-        sequences, limits = _salvage(path)
-        whole = _connected(found)
-        lost = broken | (set(found) - set(whole))
-        for segment in sorted(lost):
-            report.actions.append(
-                f"quarantine segment {segment}: {'damaged' if segment in broken else 'its parent is gone'}"
-            )
+    """The caller holds the store, exclusively if anything is to be changed."""
+    chunks = path / "chunks"
+    found, broken = _scan(chunks)
+    sequences, limits = _salvage(path)
+    whole = _connected(found)
+    lost = broken | (set(found) - set(whole))
+    for segment in sorted(lost):
         report.actions.append(
-            f"rebuild the catalog from {len(whole)} segments and {len(sequences)} known sequences; statistics are lost, and "
-            "what only the catalog knew: pins and expiry of unnamed sequences"
+            f"quarantine segment {segment}: {'damaged' if segment in broken else 'its parent is gone'}"
         )
-        if report.applied:
-            _replace_catalog(path, whole, lost, sequences, limits)
-    finally:
-        files.close(held)
+    report.actions.append(
+        f"rebuild the catalog from {len(whole)} segments and {len(sequences)} known sequences; statistics are lost, and "
+        "what only the catalog knew: pins and expiry of unnamed sequences"
+    )
+    if report.applied:
+        _replace_catalog(path, whole, lost, sequences, limits)
 
 
 def _replace_catalog(
@@ -276,7 +298,7 @@ def _swap_catalog(path: Path, new: Path) -> None:
     if data.exists():
         aside = _aside(path, "catalog")
         files.mkdir(aside)
-        files.link(data, aside / DATA)
+        files.copy_file(data, aside / DATA)
     files.rename(new / DATA, data)
     files.unlink(path / "catalog" / "lock.mdb")  # it tells of the old one's readers
     files.fsync_dir(path / "catalog")
@@ -348,7 +370,10 @@ def _salvage(path: Path) -> tuple[list[Sequence], Limits]:
         catalog.begin() as txn,
     ):
         readable = txn.readable_sequences()
-        known = readable + [s for s in known if s.key not in {r.key for r in readable}]
+        keys, names = {r.key for r in readable}, {r.name for r in readable}
+        known = readable + [
+            s for s in known if s.key not in keys and s.name not in names
+        ]  # a manifest may be an older one
         limits = txn.limits()
     return known, limits
 
@@ -404,9 +429,14 @@ def stored_tokens(chunks: Path, info: SegmentInfo) -> Tokens:
 def upgrade(path: Path) -> None:
     """Bring a store of an earlier format to the current one: segments stay as they are, the catalog is made anew.
 
-    raises  StoreLocked when it is open elsewhere
+    raises  StoreLocked when it is open elsewhere for too long
     """
-    folder.make_parts(path)
-    _rebuild(path, Repair(applied=True, problems=[], actions=[]))
-    header = folder.read_header(path)
-    folder.replace_header(path, msgspec.structs.replace(header, format=FORMAT_VERSION))
+    held = folder.hold(path, exclusive=True, timeout_s=_UPGRADE_TIMEOUT_S)
+    try:
+        header = folder.read_header(path)
+        if header.format < FORMAT_VERSION:  # otherwise another process was faster
+            folder.make_parts(path)
+            _rebuild(path, Repair(applied=True, problems=[], actions=[]))
+            folder.replace_header(path, msgspec.structs.replace(header, format=FORMAT_VERSION))
+    finally:
+        files.close(held)

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 from kvdb import files, manifests
 from kvdb.catalog import Catalog
 from kvdb.entries import SegmentEntry, Sequence, Totals
-from kvdb.errors import StorageFull
+from kvdb.errors import StorageFull, StoreLocked
 from kvdb.format import METADATA_KEY, SegmentInfo
 from kvdb.reader import TRASH
 from kvdb.retention import Leaf, Retention
@@ -126,28 +126,33 @@ class Space:
             )
 
     def enforce(self, *, keep: str | None = None) -> None:
-        """Evict what is over the cap, as far as it may go."""
-        if self._short_of(0) > 0:
-            self.reap(now=True)
-            while (short := self._short_of(0)) > 0 and self.evict(
-                short, keep=keep
-            ).segments:  # a deletion takes room too
+        """Evict what is over the cap, as far as it may go. What has just been committed is, so a failure is only logged."""
+        try:
+            if self._short_of(0) > 0:
                 self.reap(now=True)
+                while (short := self._short_of(0)) > 0 and self.evict(
+                    short, keep=keep
+                ).segments:  # deleting takes room too
+                    self.reap(now=True)
+        except (StorageFull, StoreLocked) as e:
+            _LOG.warning("%s; the cap is kept at the next write", e)
 
     def evict(self, wanted: int, *, named: bool = False, keep: str | None = None) -> Evicted:
         """Take leaves until `wanted` bytes are free, expired sequences first. A sequence that loses its end is cut.
 
         named  take named sequences too, whole (never pinned ones)
         """
-        with self.catalog.freeing(), self.catalog.begin(write=True) as txn:
-            self._settle(txn)
-            gone, sequences = expire(txn)
-            freed = sum(entry.disk_bytes for entry in gone)
-            if freed < wanted:
-                more, cut = self._take_leaves(txn, wanted - freed, named=named, keep=keep)
-                gone, sequences = gone + more, sequences + cut
-            txn.count(segments_evicted=len(gone))
-        self.dispose(entry.info for entry in gone)
+        with self.catalog.locked():  # until the files are aside: an import must not bring their ids back before
+            with self.catalog.freeing(), self.catalog.begin(write=True) as txn:
+                self._settle(txn)
+                gone, sequences = expire(txn)
+                freed = sum(entry.disk_bytes for entry in gone)
+                if freed < wanted:
+                    more, cut = self._take_leaves(txn, wanted - freed, named=named, keep=keep)
+                    gone, sequences = gone + more, sequences + cut
+                txn.count(segments_evicted=len(gone))
+                txn.forget_gone()
+            self.dispose(entry.info for entry in gone)
         return Evicted([entry.info for entry in gone], sequences)
 
     def _take_leaves(
@@ -184,7 +189,6 @@ class Space:
             else:
                 txn.rewrite_spans(sequence, left)
         rest = [info.segment for info in txn.remove_unreferenced(cut)] if named else []
-        txn.forget_gone()
         return [*gone.values(), *(segments[segment] for segment in rest)], cut
 
     # -- getting rid of files

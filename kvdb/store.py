@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -35,7 +35,6 @@ from kvdb.errors import (
     StoreLocked,
     StoreNotFound,
 )
-from kvdb.folder import Header
 from kvdb.format import FORMAT_VERSION, SegmentInfo
 from kvdb.geometry import Geometry
 from kvdb.identity import EXACT, Identity
@@ -49,6 +48,8 @@ from kvdb.space import Space
 from kvdb.transaction import Transaction
 
 UNLIMITED: Final = "unlimited"
+_NAME_BYTES: Final = 16 << 10
+"""Room a name takes: its manifest, and its entry."""
 
 
 class Match(NamedTuple):
@@ -72,8 +73,8 @@ class Committed(NamedTuple):
 class KVDB:
     """An open store. Use `KVDB.open`; a context manager."""
 
-    def __init__(self, path: Path, header: Header, options: Options) -> None:
-        self.path, self.header, self.options = path, header, options
+    def __init__(self, path: Path, options: Options) -> None:
+        self.path, self.options = path, options
         self.mode, self.salt, self.read_mode = options.mode, options.salt, options.read_mode
         self.readonly = options.mode == "r"
         self.durable = options.durability == "commit"
@@ -82,8 +83,11 @@ class KVDB:
         self._making_workspace = threading.Lock()
         self._verified = Verified()
         self._used: dict[str, int] = {}  # segment -> hits since the last write transaction
-        self._held: int | None = folder.hold(path, exclusive=False)
-        try:
+        self._held: int | None = folder.hold(path, exclusive=False, timeout_s=options.lock_timeout_s)
+        opened = contextlib.ExitStack()
+        opened.callback(files.close, self._held)
+        with opened:
+            self.header = folder.read_header(path)  # it may have been replaced while we waited
             self.catalog = Catalog(
                 path / "catalog",
                 readonly=self.readonly,
@@ -100,11 +104,10 @@ class KVDB:
                 retention=RETENTION[options.retention],
                 settle=self._note_use,
             )
+            opened.callback(self.catalog.close)
             if not self.readonly:
                 self._tidy()
-        except BaseException:
-            files.close(self._held)
-            raise
+            opened.pop_all()
         forks.watch(self)
 
     def after_fork(self) -> None:
@@ -163,7 +166,7 @@ class KVDB:
         )
         if size_cap not in (None, UNLIMITED):
             size_cap = parse_bytes("KVDB.open: size_cap", size_cap)
-        root = Path(path)
+        root = repair.at(path)
         _make_ready(root, mode)
         header = folder.read_header(root)
         if header.format < FORMAT_VERSION:
@@ -173,8 +176,7 @@ class KVDB:
                     "upgrades it"
                 )
             repair.upgrade(root)
-            header = folder.read_header(root)
-        db = cls(root, header, options)
+        db = cls(root, options)
         if size_cap is not None:
             try:
                 db.set_size_cap(size_cap)
@@ -186,9 +188,9 @@ class KVDB:
     @classmethod
     def open_untrusted(cls, path: str | os.PathLike[str]) -> KVDB:
         """Open a store to look at, without the locks and files that readers of a live one leave in it."""
-        root = Path(path)
+        root = repair.at(path)
         _make_ready(root, "r")
-        return cls(root, folder.read_header(root), Options(mode="r", read_mode="pread", lock=False))
+        return cls(root, Options(mode="r", read_mode="pread", lock=False))
 
     def _tidy(self) -> None:
         """What an opener for writing owes the store: leftovers removed, limits kept."""
@@ -466,12 +468,17 @@ class KVDB:
                 writer.reparent(now)
 
     def abandon(self, writer: SegmentWriter) -> None:
-        """Remove the files of a failed commit, unless it was interrupted after it had succeeded."""
+        """Remove the files of a failed commit, unless it was interrupted after it had succeeded. For the engine's own modules."""
         writer.discard()
-        with contextlib.suppress(Damaged, StoreError), self.catalog.begin() as txn:
-            if txn.segment(writer.info.segment) is None:
-                for array in writer.info.array_names():
-                    files.remove_tree(self.path / "chunks" / array)
+        self.remove_unlisted([writer.info])
+
+    def remove_unlisted(self, infos: Iterable[SegmentInfo]) -> None:
+        """Remove arrays of segments that did not get into the catalog. For the engine's own modules."""
+        for info in infos:
+            with contextlib.suppress(Damaged, StoreError), self.catalog.begin() as txn:
+                if txn.segment(info.segment) is None:
+                    for array in info.array_names():
+                        files.remove_tree(self.path / "chunks" / array)
 
     @staticmethod
     def _same(txn: Transaction, info: SegmentInfo, token_ids: Tokens) -> SegmentEntry | None:
@@ -517,11 +524,17 @@ class KVDB:
             check_name(name)
         if ttl_s is not None and not ttl_s > 0:
             raise InvalidInput(f"sequence: ttl_s is {ttl_s!r}, expected seconds above 0")
+        with self.catalog.locked():
+            if name is not None:
+                self.space.make_room(_NAME_BYTES, keep=last.info.segment)
+            return self._record_sequence(last, tokens, name=name, model=model, replaces=replaces, ttl_s=ttl_s)
+
+    def _record_sequence(self, last: Segment, tokens: int, **facts: Any) -> str:
         with self.write_transaction() as txn:
             info = txn.segment(txn.current(last.info.segment))
             if info is None:
                 raise _deleted(last.info.segment)
-            sequence = txn.record(info, tokens, name=name, model=model, replaces=replaces, ttl_s=ttl_s)
+            sequence = txn.record(info, tokens, **facts)
         self.space.enforce(keep=info.segment)
         return sequence.key
 
@@ -547,16 +560,17 @@ class KVDB:
         raises  SequenceNotFound, ReadOnly; InvalidInput for a pinned one
         """
         self._writable()
-        with self.catalog.freeing(), self.write_transaction() as txn:
-            sequence = txn.sequence(name_or_key)
-            if sequence.pinned:
-                raise InvalidInput(f"sequence {name_or_key!r}: pinned, expected one that may go; unpin it first")
-            before = txn.counters().segment_bytes
-            txn.remove_sequence(sequence)
-            dead = txn.remove_unreferenced([sequence])
-            txn.forget_gone()
-            freed = before - txn.counters().segment_bytes
-        self.space.dispose(dead)
+        with self.catalog.locked():  # until the files are aside: an import must not bring their ids back before
+            with self.catalog.freeing(), self.write_transaction() as txn:
+                sequence = txn.sequence(name_or_key)
+                if sequence.pinned:
+                    raise InvalidInput(f"sequence {name_or_key!r}: pinned, expected one that may go; unpin it first")
+                before = txn.counters().segment_bytes
+                txn.remove_sequence(sequence)
+                dead = txn.remove_unreferenced([sequence])
+                txn.forget_gone()
+                freed = before - txn.counters().segment_bytes
+            self.space.dispose(dead)
         return freed
 
     def evict(self, target_bytes: int = 0, *, named: bool = False) -> list[Sequence]:

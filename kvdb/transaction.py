@@ -31,6 +31,7 @@ class Transaction:
         self._env, self._txn, self._writing = env, txn, writing
         self._totals: dict[str, Totals] = {}
         self._counters: Counters | None = None
+        self._entries: dict[str, SegmentEntry | None] = {}  # read so far: a path is walked more than once
         self._removed = False
         self.manifests: dict[
             str, Sequence | None
@@ -52,6 +53,14 @@ class Transaction:
             data = msgspec.msgpack.encode(value)
         except OverflowError as e:  # it was read from other entries, or added up from them
             raise Damaged(f"catalog table {table}, entry {key.hex()}: {e}, expected numbers of 64 bits") from e
+        except TypeError as e:
+            raise InvalidInput(f"catalog table {table}: {e}, expected plain values") from e
+        try:  # what cannot be read back must not get in: one such entry would spoil the table
+            msgspec.msgpack.decode(data, type=type(value))
+        except msgspec.ValidationError as e:
+            raise InvalidInput(
+                f"catalog table {table}: {value!r:.200}: {e}; pass values of the documented types"
+            ) from e
         self._replace(table, key, entries.framed(key, data))
 
     def _delete(self, table: str, key: bytes) -> None:
@@ -60,6 +69,8 @@ class Transaction:
     def _replace(self, table: str, key: bytes, entry: bytes | None) -> None:
         db = self._env.db[table]
         old = self._txn.get(key, db=db)
+        if table == "segments":
+            self._entries.pop(key.hex(), None)
         if table != "meta":
             totals = self.totals(table)
             if old is not None:
@@ -188,7 +199,9 @@ class Transaction:
     # -- segments
 
     def entry(self, segment: str) -> SegmentEntry | None:
-        return self._get("segments", _id(segment), SegmentEntry)
+        if segment not in self._entries:
+            self._entries[segment] = self._get("segments", _id(segment), SegmentEntry)
+        return self._entries[segment]
 
     def segment(self, segment: str) -> SegmentInfo | None:
         entry = self.entry(segment)
@@ -224,6 +237,7 @@ class Transaction:
             raise InvalidInput(f"segment {info.segment}: fidelity {EXACT!r} after another one, expected that one's")
         self.add_identity(identity)
         self._put("segments", key, entry)
+        self._delete("moved", key)  # it may have been merged away, exported before that and imported now
         self._put("tokens", key, np.ascontiguousarray(token_ids, "<u4").tobytes())
         self._put("uses", key, Use(last_used=self.now(), hits=0))
         self.list_in_tree(info)
@@ -345,7 +359,7 @@ class Transaction:
     def current(self, segment: str) -> str:
         """The segment that holds these tokens now: another one after a compaction."""
         seen = {segment}
-        while (moved := self._get("moved", _id(segment), str)) is not None:
+        while self.entry(segment) is None and (moved := self._get("moved", _id(segment), str)) is not None:
             if moved in seen:
                 raise Damaged(f"segment {moved}: moved in a circle, expected an end; run 'kvdb repair'")
             seen.add(moved)
