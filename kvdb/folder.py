@@ -157,7 +157,7 @@ def hold(root: Path, *, exclusive: bool, timeout_s: float = 0) -> int:
         try:
             fd = files.lock(root, timeout_s=timeout_s, create=False, shared=not exclusive)
         except (FileNotFoundError, NotADirectoryError) as e:
-            raise NotAStore(f"{root}: {e.strerror}, expected a store") from e
+            raise NotAStore(f"{root}: no {HEADER}, expected a store") from e
         if files.is_at(fd, root):
             return fd
         files.close(fd)

@@ -111,7 +111,7 @@ def _expiry(sequence: Sequence, now: float) -> Text:
 
 def show_info(store: Path, *, as_json: bool) -> int:
     with open_store(store, "r") as db:
-        info = db.info()
+        info = db.info() | {"pinned": sum(sequence.pinned for sequence in db.sequences())}
     if as_json:
         print_json(info)
         return 0
