@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -70,30 +71,33 @@ def test_the_folder_stays_under_the_cap_after_every_operation(path: Path, seed: 
     exported = path.parent / "one.zip"
     db.export_sequence(extend(db, token_list(500, 99), name="kept").key, exported)
     for _ in range(80):
-        match rng.integers(10):
-            case 0 | 1 | 2 | 3:
-                extend(
-                    db, token_list(int(rng.integers(1, 600)), next(files)), segment_tokens=int(rng.integers(2, 30)) * 16
-                )
-            case 4:
-                shared = token_list(500, 99)[: int(rng.integers(1, 500))]
-                extend(db, np.concatenate((shared, token_list(20, next(files)))))
-            case 5:
-                unnamed = [s for s in db.sequences() if s.name is None]
-                for s in unnamed[:2]:
-                    db.delete(s.key)
-            case 6:
-                writers.append(write_segment(db, token_list(100, next(files))))
-            case 7:
-                while writers:
-                    writers.pop().discard()
-            case 8:
-                db.compact()
-            case 9:
-                db.import_sequence(exported, name="kept")
-                db.close()
-                writers.clear()
-                db = KVDB.open(path, min_free=0, grace_s=3600)
+        with contextlib.suppress(StorageFull):  # writers in flight may hold all the room there is
+            match rng.integers(10):
+                case 0 | 1 | 2 | 3:
+                    extend(
+                        db,
+                        token_list(int(rng.integers(1, 600)), next(files)),
+                        segment_tokens=int(rng.integers(2, 30)) * 16,
+                    )
+                case 4:
+                    shared = token_list(500, 99)[: int(rng.integers(1, 500))]
+                    extend(db, np.concatenate((shared, token_list(20, next(files)))))
+                case 5:
+                    unnamed = [s for s in db.sequences() if s.name is None]
+                    for s in unnamed[:2]:
+                        db.delete(s.key)
+                case 6:
+                    writers.append(write_segment(db, token_list(100, next(files))))
+                case 7:
+                    while writers:
+                        writers.pop().discard()
+                case 8:
+                    db.compact()
+                case 9:
+                    db.import_sequence(exported, name="kept")
+                    db.close()
+                    writers.clear()
+                    db = KVDB.open(path, min_free=0, grace_s=3600)
         assert occupied(path) <= cap
         assert db.info()["used_bytes"] <= cap
     assert db.info()["segments_evicted"] > 0
