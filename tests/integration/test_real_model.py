@@ -345,7 +345,7 @@ def test_a_disk_that_fills_up_during_prefill_leaves_nothing_and_the_store_opens(
     with opened(path) as db:
         with monkeypatch.context() as patched, attach(model, db, exact=True) as kv:
             patched.setattr(files, "write_all", limited)
-            with pytest.raises(StorageFull, match="No space left|free on the disk"):
+            with pytest.raises(StorageFull, match=r"No space left|free on the disk"):
                 kv.cache(ids)
         assert db.sequences() == []
         assert db.info()["segments"] == 0
@@ -383,7 +383,7 @@ def test_a_small_disk_that_really_is_full_leaves_nothing_and_the_store_opens(
 ) -> None:
     path = small_disk / "a.kvdb"
     with opened(path) as db, attach(smollm2.model, db, exact=True) as kv:
-        with pytest.raises(StorageFull, match="No space left|free on the disk"):
+        with pytest.raises(StorageFull, match=r"No space left|free on the disk"):
             kv.cache(documents[2000])
         assert db.sequences() == []
     _opens_empty_and_works(smollm2, path)
