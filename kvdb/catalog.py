@@ -134,7 +134,7 @@ class Catalog:
         if not ballast.exists() and files.free_bytes(self.path) > BALLAST_BYTES:
             try:
                 files.write_new(ballast, os.urandom(BALLAST_BYTES))
-            except FileExistsError:
+            except FileExistsError:  # another process was faster
                 pass
             except StorageFull:
                 files.unlink(ballast)

@@ -2,8 +2,8 @@
 
     writer = SegmentWriter(...)            # in tmp/<writer>/, readable at once through a Reader
     writer.append(layer, keys, values)     # any layer order; each layer's tokens in order
-    entry = writer.seal(token_ids)         # index, metadata, fsync: complete, but still invisible
-    writer.publish(chunks_folder)          # rename + fsync of the folder; the catalog entry comes after
+    entry = writer.seal(token_ids)         # index, metadata: complete, but still invisible
+    writer.publish(chunks_folder)          # rename, fsync of files and folders; the entry's commit comes after
 
 A writer reserves `capacity` chunk slots per layer up front (a sparse file), so that a layer is contiguous whatever the
 order of writes, and a run that is cut short seals what it has.

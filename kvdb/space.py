@@ -219,7 +219,7 @@ class Space:
             try:
                 if now or not 0 <= files.now() - files.modified(path) < self.grace_s:
                     files.remove_tree(path)
-            except FileNotFoundError:
+            except FileNotFoundError:  # another process removed it first
                 pass
             except OSError as e:
                 _LOG.warning("%s: %s, expected to remove it; it is tried again", e.filename, e.strerror)

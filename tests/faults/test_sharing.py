@@ -132,7 +132,8 @@ def test_an_array_that_is_moved_while_its_files_are_opened_is_found(
         monkeypatch.setattr(files, "open_read", open_read)
         reader = db.reader()
         reader.open(segment)
-        reader.abstract(segment, "box", 2)
+        assert len(reader.abstract(segment, "box", 2)) == segment.info.chunks
+        assert db.sequences() == []  # it was evicted meanwhile
         reader.close()
 
 
