@@ -127,8 +127,13 @@ def _take_in(db: KVDB, source: Path, archive: zipfile.ZipFile, name: str | None)
         check_name(name)
     workspace = db.own_workspace()
     fresh: list[SegmentEntry] = []
+    known: str | None = None  # the deepest segment of the path that the store has
     try:
         with db.catalog.locked():
+            with db.catalog.begin() as txn:
+                older = None if name is None else txn.named(name)
+            if older is not None and older.pinned:
+                raise InvalidInput(f"sequence {name!r}: pinned, expected a name that may move; give another one")
             for entry in described.segments:
                 with db.catalog.begin() as txn:
                     there = txn.entry(entry.info.segment)
@@ -138,7 +143,9 @@ def _take_in(db: KVDB, source: Path, archive: zipfile.ZipFile, name: str | None)
                     raise Damaged(
                         f"{source}: segment {entry.info.segment} is not the one of that id in the store, expected it"
                     )
-            db.space.make_room(sum(size + (24 << 10) for entry in fresh for _, size in _arrays(entry)))
+                else:
+                    known = entry.info.segment
+            db.space.make_room(sum(size + (24 << 10) for entry in fresh for _, size in _arrays(entry)), keep=known)
             for entry in fresh:
                 for array, size in _arrays(entry):
                     _extract(source, archive, workspace, array, size)
@@ -153,9 +160,6 @@ def _take_in(db: KVDB, source: Path, archive: zipfile.ZipFile, name: str | None)
                     txn.add_segment(entry, identity, stored_tokens(workspace, entry.info))
                     txn.count(bytes_written=measured, segments_written=1, tokens_written=entry.info.tokens)
                 last = described.segments[-1].info
-                older = None if name is None else txn.named(name)
-                if older is not None and older.pinned:
-                    raise InvalidInput(f"sequence {name!r}: pinned, expected a name that may move; give another one")
                 recorded = txn.record(last, sequence.tokens, name=name, model=sequence.model)
                 for array, _ in (item for entry in fresh for item in _arrays(entry)):
                     files.rename(workspace / array, db.path / "chunks" / array)

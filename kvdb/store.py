@@ -571,6 +571,7 @@ class KVDB:
                 txn.forget_gone()
                 freed = before - txn.counters().segment_bytes
             self.space.dispose(dead)
+        self.space.enforce()  # what is deleted waits in the trash, and a name that goes may leave KV unprotected
         return freed
 
     def evict(self, target_bytes: int = 0, *, named: bool = False) -> list[Sequence]:

@@ -291,9 +291,12 @@ class StoreMachine(RuleBasedStateMachine):
     def let_it_expire(self, data: st.DataObject, ttl: int) -> None:
         key, known = self.draw_sequence(data)
         last = self.db.segments(known.spans)[-1]
-        assert self.db.put_sequence(last, len(known.tokens), name=known.name, ttl_s=ttl) == key
-        self.sequences[key] = known._replace(expires=self.time + ttl)
-        self.agree()
+
+        def store() -> None:
+            assert self.db.put_sequence(last, len(known.tokens), name=known.name, ttl_s=ttl) == key
+            self.sequences[key] = known._replace(expires=self.time + ttl)
+
+        self.attempt(np.array(known.tokens, "<u4"), known.identity, store)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), pinned=st.booleans())
@@ -407,10 +410,17 @@ class StoreMachine(RuleBasedStateMachine):
             with KVDB.open(self.folder / "other") as other:
                 assert_reads_back(other, tokens, other.sequence(other.import_sequence(source, name=name)).spans)
                 assert_healthy(other)
-        else:
-            self.attempt(
-                tokens, ident, lambda: self.learn(ident, tokens, self.db.import_sequence(source, name=name), name)
-            )
+            return
+
+        def store() -> None:
+            holder = self.named().get(name)
+            if holder is not None and self.sequences[holder].pinned:
+                with pytest.raises(InvalidInput, match="pinned"):
+                    self.db.import_sequence(source, name=name)
+            else:
+                self.learn(ident, tokens, self.db.import_sequence(source, name=name), name)
+
+        self.attempt(tokens, ident, store)
 
     # -- steps: trouble
 

@@ -104,6 +104,30 @@ def test_an_import_adds_only_the_segments_that_are_missing(tmp_path: Path, expor
         assert_reads_back(db, TOKENS, db.sequence("n").spans)
 
 
+def test_making_room_leaves_what_the_import_continues(tmp_path: Path, exported: Path) -> None:
+    with opened(tmp_path / "source") as db:
+        first = db.sequence("n").spans[0]
+        db.put_sequence(db.segments((first,))[0], 64)
+        db.delete("n")
+        for seed in range(10):  # used later, so by age the beginning would go first
+            extend(db, token_list(100, 50 + seed))
+        db.set_size_cap(db.info()["used_bytes"] + 8192)
+        db.import_sequence(exported)
+        assert db.info()["segments_evicted"] > 0
+        assert_reads_back(db, TOKENS, db.sequence("n").spans)
+
+
+def test_a_name_that_is_pinned_refuses_an_import_before_anything_goes(tmp_path: Path, exported: Path) -> None:
+    with opened(tmp_path / "other") as db:
+        pinned = extend(db, token_list(40, 5), name="n").key
+        db.pin("n")
+        kept = extend(db, token_list(40, 6)).key
+        db.set_size_cap(db.info()["used_bytes"])
+        with pytest.raises(InvalidInput, match="pinned"):
+            db.import_sequence(exported)
+        assert {s.key for s in db.sequences()} == {pinned, kept}
+
+
 def test_a_name_moves_to_what_is_imported(tmp_path: Path, exported: Path) -> None:
     with opened(tmp_path / "other") as db:
         old = extend(db, token_list(40, 5), name="n")
