@@ -29,6 +29,7 @@ FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _POPULATE_READ: Final = 22  # MADV_POPULATE_READ, Linux 5.14: an error instead of a SIGBUS
 
 
@@ -98,6 +99,16 @@ def truncate(fd: int, size: int, path: Path) -> None:
     """Set the size of a file still being written. Committed files are never truncated."""
     with translated(path):
         os.ftruncate(fd, size)
+
+
+def start_writeback(fd: int, offset: int, count: int) -> None:
+    """Let the disk begin on bytes just written, while the caller makes more; nothing where the system has no such call.
+
+    A hint: it makes nothing durable, and what goes wrong is left for fsync to tell (as it waits for nothing, it takes no
+    error away from there).
+    """
+    if hasattr(_LIBC, "sync_file_range"):
+        _LIBC.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
 
 
 def extend(path: Path, size: int, *, at_least: int) -> None:

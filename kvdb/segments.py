@@ -34,6 +34,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _LARGE_BYTES: Final = 4 << 20
 """Segments above this are forced to disk before the write lock is taken; for smaller ones a round of flushes less counts more."""
+_WRITEBACK_BYTES: Final = 512 << 10
+"""Writes from here on go to the disk at once, beside the work on the next layer: then the sync at the end has little left."""
 _ARRAY_OVERHEAD: Final = 24 << 10
 """Bytes an array may take besides its values: its folder, its metadata, the last block of each file."""
 
@@ -171,6 +173,8 @@ class SegmentWriter:
 
     def _write(self, array: str, data: Array, offset: int) -> None:
         files.write_all(self._fds[array], data.data, offset, self._path(array))
+        if data.nbytes >= _WRITEBACK_BYTES:
+            files.start_writeback(self._fds[array], offset, data.nbytes)
 
     def append(self, layer: int, keys: Array, values: Array) -> None:
         """Write the next tokens of one layer.

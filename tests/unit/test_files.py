@@ -208,6 +208,16 @@ def test_a_failing_fsync_of_a_tree_is_told(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="MADV_POPULATE_READ is Linux's")
+def test_starting_writeback_changes_nothing_and_tells_nothing(tmp_path: Path) -> None:
+    fd = files.open_excl(tmp_path / "a")
+    files.write_all(fd, b"x" * 8192, 4096, tmp_path / "a")
+    files.start_writeback(fd, 4096, 8192)
+    files.start_writeback(fd, 0, 1 << 40)  # past the end
+    files.close(fd)
+    files.start_writeback(fd, 0, 4096)  # whatever is wrong with a file, its fsync says so
+    assert (tmp_path / "a").read_bytes() == bytes(4096) + b"x" * 8192
+
+
 def test_pages_that_cannot_be_read_are_an_error_and_no_signal(tmp_path: Path) -> None:
     path = tmp_path / "file"
     files.write_new(path, bytes(8192))
