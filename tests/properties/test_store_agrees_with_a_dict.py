@@ -202,9 +202,10 @@ class StoreMachine(RuleBasedStateMachine):
         for span, segment in zip(spans, self.db.segments(spans), strict=True):
             info = segment.info
             position += span.stop - span.start
-            self.segments.setdefault(
-                info.segment, KnownSegment(ident, info.fidelity, tuple(tokens[: info.stop].tolist()), info.parent)
-            )
+            if info.segment not in self.segments:  # an imported one may go on where the sequence branches off
+                own = self.db.tokens((Span(segment=info.segment, start=0, stop=info.tokens),)).tolist()
+                path = (*tokens[: info.start].tolist(), *own)
+                self.segments[info.segment] = KnownSegment(ident, info.fidelity, path, info.parent)
             assert self.segments[info.segment].tokens[:position] == tuple(tokens[:position].tolist())
         assert position == len(tokens)
         self.enter(key, KnownSequence(ident, tuple(tokens.tolist()), spans, name))
