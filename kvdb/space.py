@@ -125,17 +125,23 @@ class Space:
                 "pinned or used KV is left: delete sequences or raise the cap"
             )
 
-    def enforce(self, *, keep: str | None = None) -> None:
-        """Evict what is over the cap, as far as it may go. What has just been committed is, so a failure is only logged."""
+    def enforce(self, *, keep: str | None = None) -> list[Sequence]:
+        """Evict what is over the cap, as far as it may go; after every write, since a deletion too adds to the catalog's
+        file. What has just been committed is, so a failure is only logged. Returns the sequences that lost KV, as they were.
+        """
+        lost: list[Sequence] = []
         try:
             if self._short_of(0) > 0:
                 self.reap(now=True)
-                while (short := self._short_of(0)) > 0 and self.evict(
-                    short, keep=keep
-                ).segments:  # deleting takes room too
+                while (short := self._short_of(0)) > 0:
+                    evicted = self.evict(short, keep=keep)
+                    lost += evicted.sequences
+                    if not evicted.segments:
+                        break
                     self.reap(now=True)
         except (StorageFull, StoreLocked) as e:
             _LOG.warning("%s; the cap is kept at the next write", e)
+        return lost
 
     def evict(self, wanted: int, *, named: bool = False, keep: str | None = None) -> Evicted:
         """Take leaves until `wanted` bytes are free, expired sequences first. A sequence that loses its end is cut.

@@ -571,7 +571,7 @@ class KVDB:
                 txn.forget_gone()
                 freed = before - txn.counters().segment_bytes
             self.space.dispose(dead)
-        self.space.enforce()  # what is deleted waits in the trash, and a name that goes may leave KV unprotected
+        self.space.enforce()
         return freed
 
     def evict(self, target_bytes: int = 0, *, named: bool = False) -> list[Sequence]:
@@ -585,7 +585,11 @@ class KVDB:
         with self.catalog.locked():
             with self.catalog.begin() as txn:
                 wanted = txn.counters().segment_bytes - target_bytes
-            return self.space.evict(max(0, wanted), named=named).sequences
+                there = {sequence.key for sequence in txn.sequences()}
+            lost = self.space.evict(max(0, wanted), named=named).sequences
+            return [
+                sequence for sequence in lost + self.space.enforce() if sequence.key in there
+            ]  # a cut one may go on
 
     def set_size_cap(self, size_cap: int | str) -> None:
         """Bound what the whole store may occupy, for every handle from now on; "unlimited" takes the bound away."""
@@ -603,6 +607,7 @@ class KVDB:
             before = self.space.used_bytes()
             self.space.evict(0)
             self.space.reap(now=True)
+            self.space.enforce()
             return max(0, before - self.space.used_bytes())
 
     def compact(self, name_or_key: str | None = None) -> int:

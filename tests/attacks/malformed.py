@@ -468,7 +468,10 @@ def _run(top: Path, seeds: Iterable[int], idea: str) -> None:
         root = prepare(trial)
         shutil.copytree(top / "base", root)
         rng = random.Random(seed)
-        done = mutate(root, rng, [idea] if idea else rng.choices(sorted(IDEAS), k=rng.choice([1, 1, 2, 3])))
+        ideas = [idea] if idea else rng.choices(sorted(IDEAS), k=rng.choice([1, 1, 2, 3]))
+        # In a child as well: a second idea may open what the first has made a pipe of, or walk pages that it spoiled.
+        made = in_child(functools.partial(mutate, root, rng, ideas))
+        done = made.answer if made.harm is None else [f"{', '.join(ideas)}: {made.harm} half-way"]
         before = snapshot(trial / OUTSIDE)
         ended = in_child(functools.partial(visit, root))
         touched = snapshot(trial / OUTSIDE) != before

@@ -13,6 +13,7 @@ import select
 import signal
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +91,9 @@ def trials(module: str, folder: Path, count: int, *arguments: str) -> list[Any]:
         (folder / str(first)).mkdir(parents=True)
         running.append(python(code, str(folder / str(first)), str(first), str(count), "2", *arguments))
     try:
-        lines = [json.loads(line) for process in running for line in finish(process, 24 * 3600).splitlines()]
+        with ThreadPoolExecutor(len(running)) as pool:  # both at once: one that is not read waits when its pipe is full
+            said = list(pool.map(lambda process: finish(process, 24 * 3600), running))
+        lines = [json.loads(line) for text in said for line in text.splitlines()]
     finally:
         for process in running:
             process.kill()
