@@ -450,9 +450,8 @@ class StoreMachine(RuleBasedStateMachine):
         report = repair(self.root, apply=True)
         assert report.remaining == []
         gone = {path.parent.name.partition(".")[0]} & set(self.segments) if report.problems else set[str]()
-        for segment, known in sorted(self.segments.items(), key=lambda item: len(item[1].tokens)):
-            if known.parent in gone:
-                gone.add(segment)
+        while more := {segment for segment, known in self.segments.items() if known.parent in gone} - gone:
+            gone |= more
         assert gone == {a.split()[2].rstrip(":") for a in report.actions if a.startswith("quarantine segment")}
         assert gone == {name.partition(".")[0] for name in os.listdir(self.root / "quarantine")} - {"zarr"}
         shutil.rmtree(self.root / "quarantine")
