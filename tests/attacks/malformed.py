@@ -413,9 +413,14 @@ def _mend(root: Path) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
-    """All there is to know about a tree."""
+    """What a change to a tree would change: of a file, which an idea may have made giant, the beginning and the time."""
+
+    def beginning(path: Path) -> bytes:
+        with path.open("rb") as f:
+            return f.read(1 << 16)
+
     return {
-        str(path): (s.st_mode, s.st_mtime_ns, s.st_size, path.read_bytes() if path.is_file() else b"")
+        str(path): (s.st_mode, s.st_mtime_ns, s.st_size, beginning(path) if path.is_file() else b"")
         for path in [folder, *sorted(folder.rglob("*"))]
         for s in [path.lstat()]
     }
