@@ -1,7 +1,7 @@
 """`kvdb eval` as a user meets it, and the judge on the real model.
 
 What must hold: bad input is refused before a model is loaded; the same command gives the same figures; who reads everything
-loses nothing; nobody beats the oracle; and one pass of the judge is what KVDB decodes.
+loses nothing; boxes do not beat the oracle; and one pass of the judge is what KVDB decodes.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def test_who_reads_everything_loses_nothing(real: dict[tuple[str, str], Row]) ->
 
 
 @pytest.mark.real_model
-def test_nobody_beats_the_oracle(real: dict[tuple[str, str], Row]) -> None:
+def test_boxes_do_not_beat_the_oracle(real: dict[tuple[str, str], Row]) -> None:
     """At the same budget: in the mass it ranks by, and in KL."""
     box, oracle = real["box", "budget=0.1"], real["oracle", "budget=0.1"]
     for some, best in zip(box.texts, oracle.texts, strict=True):

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvdb.errors import Unsupported
-from kvdb.runtime.attention import _CHANGES_ATTENTION
+from kvdb.runtime.attention import CHANGES_ATTENTION
 from kvdb.runtime.cache import MASS_EVERY
 from kvdb.runtime.selection import Forced, Resident, Selector, StopRule, covered_mass
 from kvdb.tools.evaluate.past import Past
@@ -121,7 +121,7 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
-    if changed := [name for name in _CHANGES_ATTENTION if kwargs.get(name) is not None]:
+    if changed := [name for name in CHANGES_ATTENTION if kwargs.get(name) is not None]:
         raise Unsupported(
             f"eval: layer {layer} has attention with {', '.join(changed)}, expected plain causal softmax attention; "
             "this model is not supported yet"
