@@ -28,7 +28,7 @@ from kvdb.entries import SegmentEntry, Sequence, spans_root
 from kvdb.errors import Damaged, KVDBError, Problem
 from kvdb.format import SegmentInfo
 from kvdb.identity import Identity
-from kvdb.segments import abstract_bytes, codec_of, layout, row_bytes
+from kvdb.segments import abstract_layout, codec_of, layout, row_bytes
 from kvdb.transaction import Transaction
 
 
@@ -278,27 +278,35 @@ def _check_shard(
 def _check_abstract(chunks: Path, entry: SegmentEntry, group: int, name: str) -> Iterator[Problem]:
     info, array = entry.info, format.abstract_array(entry.info.segment, name, group)
     where = f"segment {info.segment}, file {chunks / array / format.SHARD_KEY}"
-    size = abstract_bytes(info, group, name)
-    layers = info.geometry.groups[group].layers
+    layers, planes = info.geometry.groups[group].layers, ABSTRACTS[name].planes
+    place = abstract_layout(info, group, name)
     try:
         metadata = files.read_file(chunks / array / format.METADATA_KEY)
         digests = format.abstract_digests(metadata, where)
-        data = files.read_file(chunks / array / format.SHARD_KEY, limit=size * len(layers))
+        data = files.read_file(chunks / array / format.SHARD_KEY, limit=place.file_bytes)
     except (OSError, Damaged) as e:
         yield Problem(where, "abstract", f"{e}, expected the {name} abstract")
         return
-    written = format.abstract_metadata(info, group, name, ABSTRACTS[name].parts, digests)
+    written = format.abstract_metadata(info, group, ABSTRACTS[name], digests)
     if msgspec.json.decode(metadata) != msgspec.json.decode(written):
         yield Problem(
             where, "metadata", "the abstract's metadata and the catalog differ, expected the same description"
         )
     if format.abstract_seal(digests) != entry.seals.get(array):
         yield Problem(where, "seal", f"the catalog's seal is {entry.seals.get(array)}, expected that of its digests")
-    if len(data) != size * len(layers) or len(digests) != len(layers):
+    if len(data) != place.file_bytes or len(digests) != len(layers) * planes:
         yield Problem(
-            where, "size", f"{len(data)} bytes, {len(digests)} digests, expected {size} for {len(layers)} layers"
+            where,
+            "size",
+            f"{len(data)} bytes, {len(digests)} digests, expected {place.file_bytes} and {len(layers) * planes}",
         )
         return
-    for row, layer in enumerate(layers):
-        if xxhash.xxh3_64_hexdigest(data[row * size : (row + 1) * size]) != digests[row]:
-            yield Problem(f"{where}, layer {layer}", "abstract", "bytes do not match their digest")
+    for number, expected in enumerate(digests):
+        offset = number * place.plane_bytes
+        if (actual := xxhash.xxh3_64_hexdigest(data[offset : offset + place.plane_bytes])) != expected:
+            row, plane = divmod(number, planes)
+            yield Problem(
+                f"{where}, layer {layers[row]}, plane {plane}, offset {offset}",
+                "abstract",
+                f"xxh3 is {actual}, expected {expected}",
+            )

@@ -135,7 +135,7 @@ def _copy(reader: Reader, writer: SegmentWriter, segment: Segment, tokens: int) 
     for layer in info.geometry.layers:
         heads = info.geometry.groups[info.geometry.locate(layer)[0]].kv_heads
         rows = reader.rows(segment, layer, np.arange(chunks * heads))
-        built = {name: reader.abstract(segment, name, layer)[:chunks] for name in info.abstracts}
+        built = {name: reader.stored_abstract(segment, name, layer)[:, :chunks] for name in info.abstracts}
         writer.append_rows(layer, rows, built, tokens)
 
 

@@ -1,7 +1,8 @@
 """Bytes on disk, as pure functions: Zarr v3 metadata, shard index, digests, descriptions. No I/O; see FORMAT.md.
 
 A segment is one Zarr array per layer group, `<segment>.kv<group>`, and one per abstract and group,
-`<segment>.<abstract><group>`. The KV array is one shard file, laid out as
+`<segment>.<abstract><group>`. An abstract's file holds layer after layer, in it plane after plane, and nothing else. The KV
+array is one shard file, laid out as
 
     payload   capacity slots per layer, layer after layer; a slot is a chunk: its records, head after head
     digests   xxh3-64 of every record, u64, same order as the payload
@@ -21,6 +22,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from kvdb.abstracts import Abstract
 from kvdb.codecs import Codec
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
@@ -35,7 +37,7 @@ SHARD_KEY = "c.0.0.0.0.0"
 METADATA_KEY = "zarr.json"
 _HEX = frozenset("0123456789abcdef")
 _ABSENT = 0xFFFF_FFFF_FFFF_FFFF
-_ZARR_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+_ZARR_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "uint8": "uint8"}
 
 
 class CodecSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,19 +203,40 @@ def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: Codec,
     )
 
 
-def abstract_metadata(info: SegmentInfo, group: int, name: str, parts: int, digests: list[str]) -> bytes:
-    """zarr.json of an abstract: dims (layer, chunk, head, part, dim), a single plain chunk."""
-    g = info.geometry.groups[group]
+class AbstractLayout(NamedTuple):
+    """Sizes inside an abstract's file: a layer is `planes` planes, a plane is the rows of all slots."""
+
+    row_bytes: int
+    plane_bytes: int
+    layer_bytes: int
+    file_bytes: int
+
+
+def abstract_layout(geometry: Geometry, group: int, capacity: int, abstract: Abstract) -> AbstractLayout:
+    g = geometry.groups[group]
+    row = abstract.row_bytes(geometry.chunk_tokens, g.head_dim, geometry.storage_dtype.itemsize)
+    plane = capacity * g.kv_heads * row
+    layer = abstract.planes * plane
+    return AbstractLayout(row, plane, layer, len(g.layers) * layer)
+
+
+def abstract_metadata(info: SegmentInfo, group: int, abstract: Abstract, digests: list[str]) -> bytes:
+    """zarr.json of an abstract: a single plain chunk of layers, each in the abstract's own form.
+
+    digests  xxh3-64 in hex of every plane, layer after layer
+    """
+    geometry, layers = info.geometry, len(info.geometry.groups[group].layers)
+    form = abstract.form(info.chunks, geometry, group)
     return _array_metadata(
-        shape=[len(g.layers), info.chunks, g.kv_heads, parts, g.head_dim],
-        chunk_shape=[len(g.layers), info.capacity, g.kv_heads, parts, g.head_dim],
-        dimension_names=["layer", "chunk", "head", "part", "dim"],
-        dtype=info.geometry.dtype,
+        shape=[layers, *form.shape],
+        chunk_shape=[layers, *abstract.form(info.capacity, geometry, group).shape],
+        dimension_names=["layer", *form.dimensions],
+        dtype=form.dtype,
         codecs=[{"name": "bytes", "configuration": {"endian": "little"}}],
         attributes={
             "format": ARRAY_VERSION,
             "segment": info.segment,
-            "abstract": name,
+            "abstract": abstract.name,
             "group": group,
             "dtype": info.geometry.dtype,
             "layer_xxh3": digests,
@@ -238,7 +261,7 @@ def _array_metadata(
         "data_type": stored,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": 0 if stored == "uint16" else 0.0,
+        "fill_value": 0 if stored.startswith("uint") else 0.0,
         "codecs": codecs,
         "dimension_names": dimension_names,
         "attributes": {"kvdb": attributes},
@@ -273,12 +296,12 @@ def parse_kv_metadata(data: bytes, where: str) -> KVAttributes:
 
 
 def abstract_seal(digests: list[str]) -> str:
-    """One digest over those of an abstract's layers."""
+    """One digest over those of an abstract's planes."""
     return xxhash.xxh3_64_hexdigest("|".join(digests).encode())
 
 
 def abstract_digests(data: bytes, where: str) -> list[str]:
-    """The per-layer digests in an abstract's zarr.json.
+    """The digests in an abstract's zarr.json: of every plane, layer after layer.
 
     raises  Damaged when the JSON is not what `abstract_metadata` writes
     """
@@ -286,17 +309,3 @@ def abstract_digests(data: bytes, where: str) -> list[str]:
         return msgspec.convert(msgspec.json.decode(data)["attributes"]["kvdb"]["layer_xxh3"], list[str])
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise Damaged(f"{where}: unreadable metadata ({e}), expected a KVDB abstract; run 'kvdb verify'") from e
-
-
-def as_float32(stored: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Stored values as float32, exactly."""
-    if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32, copy=False)
-
-
-def from_float32(values: np.ndarray[Any, np.dtype[np.float32]], dtype: str) -> np.ndarray[Any, Any]:
-    """Inverse of `as_float32` for values that the dtype represents."""
-    if dtype == "bfloat16":
-        return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype("<u2")
-    return values.astype("<f2" if dtype == "float16" else "<f4", copy=False)

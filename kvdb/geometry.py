@@ -1,4 +1,4 @@
-"""Shapes and sizes of stored KV: chunks, records, layer groups. Pure arithmetic, no I/O.
+"""Shapes, sizes and dtypes of stored KV: chunks, records, layer groups. Pure arithmetic, no I/O.
 
 A *chunk* is `chunk_tokens` consecutive tokens of one layer, K and V of all KV heads. A *record* is one KV head's part of a
 chunk: K (chunk_tokens, head_dim), then V, contiguous. Chunk k of a sequence always holds positions
@@ -27,6 +27,20 @@ STORAGE_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "bfloat16": np.dtype("<u2"),
 }
 """KV dtype -> the dtype its bytes are stored as. NumPy and Zarr have no bfloat16: it travels as uint16."""
+
+
+def as_float32(stored: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Stored values as float32, exactly."""
+    if dtype == "bfloat16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def from_float32(values: np.ndarray[Any, np.dtype[np.float32]], dtype: str) -> np.ndarray[Any, Any]:
+    """Inverse of `as_float32` for values that the dtype represents."""
+    if dtype == "bfloat16":
+        return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype("<u2")
+    return values.astype("<f2" if dtype == "float16" else "<f4", copy=False)
 
 
 def div_ceil(a: int, b: int) -> int:

@@ -25,7 +25,7 @@ from kvdb.entries import SegmentEntry, Sequence, check_name
 from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, SequenceNotFound
 from kvdb.identity import Identity
 from kvdb.repair import stored_tokens
-from kvdb.segments import abstract_bytes, layout
+from kvdb.segments import abstract_layout, codec_of, layout, reserved_bytes
 
 if TYPE_CHECKING:
     from kvdb.store import KVDB
@@ -102,9 +102,15 @@ def _arrays(entry: SegmentEntry) -> list[tuple[str, int]]:
     for group in range(len(info.geometry.groups)):
         found.append((format.kv_array(info.segment, group), layout(info, group).file_bytes))
         for name in info.abstracts:
-            size = abstract_bytes(info, group, name) * len(info.geometry.groups[group].layers)
+            size = abstract_layout(info, group, name).file_bytes
             found.append((format.abstract_array(info.segment, name, group), size))
     return found
+
+
+def _room(entry: SegmentEntry) -> int:
+    """Most that a segment's files can occupy."""
+    info = entry.info
+    return reserved_bytes(info.geometry, codec_of(info), info.abstracts, info.capacity)
 
 
 def import_sequence(db: KVDB, source: Path, *, name: str | None) -> str:
@@ -145,7 +151,7 @@ def _take_in(db: KVDB, source: Path, archive: zipfile.ZipFile, name: str | None)
                     )
                 else:
                     known = entry.info.segment
-            db.space.make_room(sum(size + (24 << 10) for entry in fresh for _, size in _arrays(entry)), keep=known)
+            db.space.make_room(sum(map(_room, fresh)), keep=known)
             for entry in fresh:
                 for array, size in _arrays(entry):
                     _extract(source, archive, workspace, array, size)

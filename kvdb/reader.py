@@ -27,8 +27,9 @@ import numpy as np
 import xxhash
 
 from kvdb import files, forks, format
+from kvdb.abstracts import ABSTRACTS
 from kvdb.errors import Damaged, InvalidInput
-from kvdb.segments import Segment, abstract_bytes, codec_of, layout, row_bytes
+from kvdb.segments import Segment, abstract_layout, codec_of, layout, row_bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _U64: Final = (1 << 64) - 1
@@ -154,7 +155,7 @@ class Reader(ABC):
         self._verify, self._verified = verify, verified or Verified()
         self._open: dict[tuple[str, int], _OpenArray] = {}
         self._abstracts: dict[tuple[str, int, str], tuple[Path, int]] = {}  # path, descriptor
-        self._layer_digests: dict[tuple[str, int, str], list[str]] = {}
+        self._plane_digests: dict[tuple[str, int, str], list[str]] = {}
 
     def open(self, segment: Segment) -> None:
         """Open all files of a segment now instead of at the first read: what is open stays readable if it is deleted.
@@ -241,45 +242,63 @@ class Reader(ABC):
             f"{row * array.row}: xxh3 is {actual:#018x}, expected {expected:#018x}; run 'kvdb repair', then recompute it"
         )
 
-    def abstract(self, segment: Segment, name: str, layer: int) -> Array:
-        """One layer of an abstract as (chunks, kv_heads, parts, head_dim) float32.
+    def abstract(self, segment: Segment, name: str, layer: int, planes: int | None = None) -> Array:
+        """The first `planes` planes of one layer of an abstract (None: all), in the form its `load` gives them: a box as
+        (chunks, kv_heads, 2, head_dim) float32, a sketch as (planes, chunks, kv_heads, row_bytes) uint8.
 
-        raises  Damaged when the file is missing, short, or does not match its digest
+        raises  InvalidInput for planes or an abstract that the segment does not have; Damaged when the file is missing,
+                short, or one of these planes does not match its digest
         """
+        geometry = segment.info.geometry
+        stored = self.stored_abstract(segment, name, layer, planes)
+        return ABSTRACTS[name].load(stored, geometry.groups[geometry.locate(layer)[0]].head_dim, geometry.dtype)
+
+    def stored_abstract(self, segment: Segment, name: str, layer: int, planes: int | None = None) -> Array:
+        """The same as it is stored, (planes, chunks, kv_heads, row_bytes) uint8."""
         info = segment.info
         group, row = info.geometry.locate(layer)
-        g, size = info.geometry.groups[group], abstract_bytes(info, group, name)
+        if name not in info.abstracts:
+            raise InvalidInput(f"segment {info.segment}: abstract {name!r}, expected one of {info.abstracts}")
+        most = ABSTRACTS[name].planes
+        count = most if planes is None else planes
+        if not 1 <= count <= most:
+            raise InvalidInput(f"segment {info.segment}: {planes} planes of its {name}, expected 1..{most}")
+        place = abstract_layout(info, group, name)
         path, fd = self._abstract(segment, group, name)
-        data = files.pread(fd, size, row * size)
-        where = f"segment {info.segment}, layer {layer}, {name} abstract, file {path}, offset {row * size}"
+        start, size = row * place.layer_bytes, count * place.plane_bytes
+        data = files.pread(fd, size, start)
+        where = f"segment {info.segment}, layer {layer}, {name} abstract, file {path}, offset "
         if len(data) != size:
-            raise Damaged(f"{where}: {len(data)} bytes, expected {size}; run 'kvdb verify'")
+            raise Damaged(f"{where}{start}: {len(data)} bytes, expected {size}; run 'kvdb verify'")
+        stored = np.frombuffer(data, np.uint8).reshape(count, info.capacity, -1, place.row_bytes)
         if segment.seals is not None and self._verify != "never":
-            digests = self._abstract_digests(segment, group, name)
-            if (actual := xxhash.xxh3_64_hexdigest(data)) != digests[row]:
-                raise Damaged(
-                    f"{where}: xxh3 is {actual}, expected {digests[row]}; run 'kvdb repair', then recompute it"
-                )
-        stored = np.frombuffer(data, info.geometry.storage_dtype).reshape(info.capacity, g.kv_heads, -1, g.head_dim)
-        return format.as_float32(stored[: info.chunks], info.geometry.dtype)
+            digests = self._abstract_digests(segment, group, name)[row * most :]
+            for plane, expected in zip(range(count), digests, strict=False):
+                if (actual := xxhash.xxh3_64_hexdigest(stored[plane])) != expected:
+                    raise Damaged(
+                        f"{where}{start + plane * place.plane_bytes}: xxh3 is {actual}, expected {expected}; "
+                        "run 'kvdb repair', then recompute it"
+                    )
+        return stored[:, : info.chunks]
 
     def _abstract_digests(self, segment: Segment, group: int, name: str) -> list[str]:
+        """Of every plane, layer after layer."""
         assert segment.seals is not None
         key = (segment.info.segment, group, name)
-        if key not in self._layer_digests:
+        if key not in self._plane_digests:
             array = format.abstract_array(segment.info.segment, name, group)
             path, fd = _open_array(segment, group, array, format.METADATA_KEY)
             try:
                 digests = format.abstract_digests(files.read_all(fd, path), str(path))
             finally:
                 files.close(fd)
-            seal = segment.seals.get(array)
-            if format.abstract_seal(digests) != seal or len(digests) != len(segment.info.geometry.groups[group].layers):
+            seal, count = segment.seals.get(array), len(segment.info.geometry.groups[group].layers)
+            if format.abstract_seal(digests) != seal or len(digests) != count * ABSTRACTS[name].planes:
                 raise Damaged(
                     f"file {path}: {name} abstract has seal {format.abstract_seal(digests)}, expected {seal}; run 'kvdb repair'"
                 )
-            self._layer_digests[key] = digests
-        return self._layer_digests[key]
+            self._plane_digests[key] = digests
+        return self._plane_digests[key]
 
     def _abstract(self, segment: Segment, group: int, name: str) -> tuple[Path, int]:
         key = (segment.info.segment, group, name)

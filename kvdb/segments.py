@@ -25,7 +25,7 @@ from kvdb.codecs import CODECS, Codec
 from kvdb.entries import SegmentEntry
 from kvdb.errors import InvalidInput, Unsupported
 from kvdb.format import CodecSpec, SegmentInfo
-from kvdb.geometry import SEGMENT_TOKENS, Geometry
+from kvdb.geometry import SEGMENT_TOKENS, Geometry, as_float32
 from kvdb.identity import Identity, check_fidelity
 from kvdb.prefix import Tokens
 
@@ -38,6 +38,8 @@ _WRITEBACK_BYTES: Final = 512 << 10
 """Writes from here on go to the disk at once, beside the work on the next layer: then the sync at the end has little left."""
 _ARRAY_OVERHEAD: Final = 24 << 10
 """Bytes an array may take besides its values: its folder, its metadata, the last block of each file."""
+_DIGEST_OVERHEAD: Final = 32
+"""Bytes that the digest of a plane takes in an abstract's metadata."""
 
 
 class Segment(NamedTuple):
@@ -80,11 +82,8 @@ def layout(info: SegmentInfo, group: int) -> format.ShardLayout:
     return format.shard_layout(info.geometry, group, info.capacity, info.tokens, row_bytes(info, group))
 
 
-def abstract_bytes(info: SegmentInfo, group: int, name: str) -> int:
-    """Bytes of one layer of an abstract's file."""
-    g = info.geometry.groups[group]
-    itemsize = info.geometry.storage_dtype.itemsize
-    return info.capacity * g.kv_heads * ABSTRACTS[name].parts * g.head_dim * itemsize
+def abstract_layout(info: SegmentInfo, group: int, name: str) -> format.AbstractLayout:
+    return format.abstract_layout(info.geometry, group, info.capacity, ABSTRACTS[name])
 
 
 def reserved_bytes(geometry: Geometry, codec: Codec, abstracts: tuple[str, ...], capacity: int) -> int:
@@ -94,8 +93,9 @@ def reserved_bytes(geometry: Geometry, codec: Codec, abstracts: tuple[str, ...],
         row = codec.row_bytes(ct, g.head_dim, itemsize)
         total += format.shard_layout(geometry, group, capacity, capacity * ct, row).file_bytes + _ARRAY_OVERHEAD
         for name in abstracts:
-            values = len(g.layers) * capacity * g.kv_heads * ABSTRACTS[name].parts * g.head_dim
-            total += values * itemsize + _ARRAY_OVERHEAD
+            digests = len(g.layers) * ABSTRACTS[name].planes
+            place = format.abstract_layout(geometry, group, capacity, ABSTRACTS[name])
+            total += place.file_bytes + digests * _DIGEST_OVERHEAD + _ARRAY_OVERHEAD
     return total
 
 
@@ -145,10 +145,8 @@ class SegmentWriter:
             for group in range(len(geometry.groups)):
                 self._create(format.kv_array(segment, group), layout(self.info, group).payload_bytes)
                 for name in abstracts:
-                    layers = len(geometry.groups[group].layers)
-                    self._create(
-                        format.abstract_array(segment, name, group), layers * abstract_bytes(self.info, group, name)
-                    )
+                    size = abstract_layout(self.info, group, name).file_bytes
+                    self._create(format.abstract_array(segment, name, group), size)
         except BaseException:
             self.discard()
             raise
@@ -209,15 +207,15 @@ class SegmentWriter:
             by_token[:, kv, full:, :rest] = plane[:, None, full * ct :]
             by_token[:, kv, full:, rest:] = 0
         rows = self.codec.encode(records.reshape(chunks * g.kv_heads, 2, ct, g.head_dim))
-        exact_keys = format.as_float32(by_token[:, 0], geometry.dtype)
-        built = {name: ABSTRACTS[name].build(exact_keys, tokens) for name in self.info.abstracts}
+        exact_keys = as_float32(by_token[:, 0], geometry.dtype)
+        built = {name: ABSTRACTS[name].build(exact_keys, tokens, geometry.dtype) for name in self.info.abstracts}
         self.append_rows(layer, rows, built, tokens)
 
     def append_rows(self, layer: int, rows: Array, abstracts: dict[str, Array], tokens: int) -> None:
         """Write the next tokens of one layer as they are to be stored: what `append` encodes, or another segment holds.
 
         rows       (chunks * kv_heads, row_bytes) uint8
-        abstracts  for each name (chunks, kv_heads, parts, head_dim) float32
+        abstracts  for each name (planes, chunks, kv_heads, row_bytes) uint8
         """
         geometry = self.info.geometry
         group, layer_row = geometry.locate(layer)
@@ -225,10 +223,14 @@ class SegmentWriter:
         first = (layer_row * self.info.capacity + chunk) * heads
         self._digests[group][first : first + len(rows)] = format.record_digests(self.info.segment, first, rows)
         self._write(format.kv_array(self.info.segment, group), rows, first * rows.shape[1])
-        for name, built in abstracts.items():
-            stored = np.ascontiguousarray(format.from_float32(built, geometry.dtype))
-            offset = layer_row * abstract_bytes(self.info, group, name) + chunk * stored[0].nbytes
-            self._write(format.abstract_array(self.info.segment, name, group), stored, offset)
+        for name, planes in abstracts.items():
+            array, place = (
+                format.abstract_array(self.info.segment, name, group),
+                abstract_layout(self.info, group, name),
+            )
+            start = layer_row * place.layer_bytes + chunk * heads * place.row_bytes
+            for plane, stored in enumerate(planes):
+                self._write(array, stored, start + plane * place.plane_bytes)
         self.written[layer] += tokens
 
     def keep(self, tokens: int) -> None:
@@ -298,12 +300,11 @@ class SegmentWriter:
             files.close(fd)
 
     def _seal_abstract(self, group: int, name: str) -> str:
-        array = format.abstract_array(self.info.segment, name, group)
-        size = abstract_bytes(self.info, group, name)
-        layers = range(len(self.info.geometry.groups[group].layers))
-        digests = [xxhash.xxh3_64_hexdigest(files.pread(self._fds[array], size, layer * size)) for layer in layers]
-        metadata = format.abstract_metadata(self.info, group, name, ABSTRACTS[name].parts, digests)
-        self._write_metadata(array, metadata)
+        array, place = format.abstract_array(self.info.segment, name, group), abstract_layout(self.info, group, name)
+        size, fd = place.plane_bytes, self._fds[array]
+        planes = range(0, place.file_bytes, size)
+        digests = [xxhash.xxh3_64_hexdigest(files.pread(fd, size, offset)) for offset in planes]
+        self._write_metadata(array, format.abstract_metadata(self.info, group, ABSTRACTS[name], digests))
         return format.abstract_seal(digests)
 
     def reparent(self, parent: str) -> None:

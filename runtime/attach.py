@@ -34,7 +34,7 @@ from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, reg
 from kvdb.runtime.cache import KVDBCache, Prefix
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
 from kvdb.runtime.prefill import PrefillProgress, prefill
-from kvdb.runtime.selection import SELECTORS, Budget, Selector
+from kvdb.runtime.selection import SELECTORS, Budget, Certified, Mass, Selector, StopRule
 from kvdb.segments import Segment
 from kvdb.store import KVDB, Match
 
@@ -47,6 +47,8 @@ def attach(
     db: KVDB,
     *,
     budget: float | int | None = None,
+    mass: float | None = None,
+    certified: float | None = None,
     exact: bool = False,
     fidelity: str = EXACT,
     selector: str = "box",
@@ -55,25 +57,35 @@ def attach(
 
     budget    share of stored tokens each KV head may attend to while decoding (float), or their number (int);
               default min(10 %, 2 048 tokens); sinks and recent window included, the newest, unstored tokens not
-    exact     attend to everything; excludes `budget`
+    mass      instead of a budget: read records until this share of attention mass, as estimated, is attended to (top-p)
+    certified instead of a budget: read until at most this share of every head's softmax mass is proven to be unread
+    exact     attend to everything
+    selector  by name, see `kvdb.runtime.selection`
     fidelity  "exact" reuses only KV that dense attention computed; "any" also what was generated under a budget
     raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
     """
-    if exact and budget is not None:
-        raise InvalidInput(f"attach: exact=True and budget={budget!r}, expected one of them")
+    given = {"budget": budget, "mass": mass, "certified": certified, "exact": exact or None}
+    if len(chosen := [f"{name}={value!r}" for name, value in given.items() if value is not None]) > 1:
+        raise InvalidInput(f"attach: {' and '.join(chosen)}, expected one of them")
     if fidelity not in (EXACT, "any"):
         raise InvalidInput(f"attach: fidelity is {fidelity!r}, expected {EXACT!r} or 'any'")
     if selector not in SELECTORS:
         raise InvalidInput(f"attach: selector is {selector!r}, expected one of {sorted(SELECTORS)}")
-    limit = None if exact else Budget.of(budget)
-    return Attachment(model, db, budget=limit, fidelity=fidelity, selector=SELECTORS[selector]())
+    rule: StopRule | None = None
+    if mass is not None:
+        rule = Mass.of(mass)
+    elif certified is not None:
+        rule = Certified.of(certified)
+    elif not exact:
+        rule = Budget.of(budget)
+    return Attachment(model, db, rule=rule, fidelity=fidelity, selector=SELECTORS[selector]())
 
 
 class Attachment:
     """A model joined to a store; made by `attach`."""
 
-    def __init__(self, model: nn.Module, db: KVDB, *, budget: Budget | None, fidelity: str, selector: Selector) -> None:
-        self.model, self.db, self.budget, self.fidelity, self.selector = model, db, budget, fidelity, selector
+    def __init__(self, model: nn.Module, db: KVDB, *, rule: StopRule | None, fidelity: str, selector: Selector) -> None:
+        self.model, self.db, self.rule, self.fidelity, self.selector = model, db, rule, fidelity, selector
         self.config = text_config(model)
         self.windows = _windows(self.config)
         self.geometry = _geometry(model, self.config, db)
@@ -275,7 +287,7 @@ class Attachment:
             batch=batch,
             dtype=_dtype(self.model),
             device=_device(self.model),
-            budget=self.budget,
+            rule=self.rule,
             selector=self.selector,
             model_label=str(getattr(self.config, "_name_or_path", "") or self.config.model_type),
         )

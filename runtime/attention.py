@@ -19,7 +19,7 @@ from kvdb.runtime.layers import Handle
 
 IMPLEMENTATION: Final = "kvdb"
 _IGNORED_BY_SDPA: Final = ("softcap", "s_aux", "sinks", "indices", "head_mask")
-_CHANGES_ATTENTION: Final = (*_IGNORED_BY_SDPA, "position_bias")
+CHANGES_ATTENTION: Final = (*_IGNORED_BY_SDPA, "position_bias")
 """Keywords that change what attention computes: refused unless None, by whichever function would not heed them."""
 
 _full_causal: ContextVar[bool] = ContextVar("kvdb_full_causal", default=False)
@@ -56,7 +56,7 @@ def kvdb_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
-    changed = [name for name in _CHANGES_ATTENTION if kwargs.get(name) is not None]
+    changed = [name for name in CHANGES_ATTENTION if kwargs.get(name) is not None]
     layer = key.layer()
     if changed or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
         found = [*changed, *(["dropout"] if dropout else []), *(["a mask"] if attention_mask is not None else [])]

@@ -24,7 +24,7 @@ from kvdb.reader import Reader
 from kvdb.runtime.history import History
 from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail
 from kvdb.runtime.metrics import Metrics
-from kvdb.runtime.selection import DENSE_BELOW, Budget, Forced, Selector
+from kvdb.runtime.selection import DENSE_BELOW, Forced, Plan, Scores, Selector, StopRule
 from kvdb.runtime.staging import Staging
 from kvdb.segments import Segment
 from kvdb.store import KVDB
@@ -59,13 +59,13 @@ class KVDBCache(Cache):
         batch: int,
         dtype: torch.dtype,
         device: torch.device,
-        budget: Budget | None,
+        rule: StopRule | None,
         selector: Selector,
         model_label: str,
     ) -> None:
-        """identify: the model's identity as it is now. windows: of layers that have one. budget: None is exact."""
+        """identify: the model's identity as it is now. windows: of layers that have one. rule: None is exact."""
         self.db, self.identity, self.geometry, self.dtype = db, identity, geometry, dtype
-        self.budget, self.selector, self._identify = budget, selector, identify
+        self.rule, self.selector, self._identify = rule, selector, identify
         self.metrics = Metrics()
         self.forced = Forced.of(geometry.chunk_tokens)
         self.writes = not db.readonly
@@ -75,7 +75,10 @@ class KVDBCache(Cache):
         self.sampling = False
         self._reader = db.reader()
         self._staging = Staging(dtype, device)
-        self.rows = [History(db, identity, geometry, self._reader, self._staging, model_label) for _ in range(batch)]
+        self.rows = [
+            History(db, identity, geometry, self._reader, self._staging, tuple(selector.abstracts), model_label)
+            for _ in range(batch)
+        ]
         self._let_go = weakref.finalize(self, _let_go, self.rows, self._reader)
         self._active = False
         self._broken: str | None = None
@@ -190,16 +193,16 @@ class KVDBCache(Cache):
         ct = self.geometry.chunk_tokens
         self.take, self.sampling = None, False
         chunks = self.rows[0].sealed_chunks
-        if self.budget is None or self.prefilling or queries != 1 or not self._full_layers or chunks * ct < DENSE_BELOW:
+        if self.rule is None or self.prefilling or queries != 1 or not self._full_layers or chunks * ct < DENSE_BELOW:
             return
-        take = self.budget.chunks(chunks, ct)
+        take = self.rule.look_at(chunks, ct)
         if take >= chunks:
             return
         self.take = take
         self.sampling = self._selecting_steps % MASS_EVERY == 0
         self._selecting_steps += 1
         for row in self.rows:
-            row.mark_approximate(self.length, self.budget.fidelity)
+            row.mark_approximate(self.length, self.rule.fidelity)
 
     def expect_active(self) -> None:
         """Layers are only updated inside a step.
@@ -253,6 +256,12 @@ class KVDBCache(Cache):
     def note_mass(self, mass: Tensor) -> None:
         self.metrics.mass_sum += float(mass)
         self.metrics.mass_samples += 1
+
+    def note_scores(self, scores: Scores, chosen: Plan) -> None:
+        self.metrics.ranges_evaluated += scores.evaluated
+        self.metrics.abstract_bytes_read += scores.bytes_read
+        if chosen.unread_mass is not None:
+            self.metrics.unread_mass_bound = max(self.metrics.unread_mass_bound or 0.0, float(chosen.unread_mass.max()))
 
     # -- storing
 

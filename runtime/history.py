@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvdb import forks
+from kvdb.abstracts import ABSTRACTS
 from kvdb.entries import Span
 from kvdb.errors import Damaged
-from kvdb.geometry import SEGMENT_TOKENS, Geometry
+from kvdb.geometry import SEGMENT_TOKENS, Geometry, as_float32
 from kvdb.identity import EXACT, Identity
 from kvdb.reader import Reader
-from kvdb.runtime.selection import Selector
+from kvdb.runtime.selection import Resident, Selector
 from kvdb.runtime.staging import Array, Staging, storage_view
 from kvdb.runtime.streaming import WriteBehind
 from kvdb.segments import Segment, SegmentWriter
@@ -46,15 +46,23 @@ class Part(NamedTuple):
 class History:
     """Stored chunks of one row of a batch.
 
+    abstracts         what new segments are summarised by
     tokens            ids of every token computed so far, tail included; the cache appends to it
     approximate_from  position from which KV is not exact (None: all of it is)
     """
 
     def __init__(
-        self, db: KVDB, identity: Identity, geometry: Geometry, reader: Reader, staging: Staging, model_label: str
+        self,
+        db: KVDB,
+        identity: Identity,
+        geometry: Geometry,
+        reader: Reader,
+        staging: Staging,
+        abstracts: tuple[str, ...],
+        model_label: str,
     ) -> None:
         self.db, self.identity, self.geometry = db, identity, geometry
-        self.model_label = model_label
+        self.abstracts, self.model_label = abstracts, model_label
         self.tokens: list[int] = []
         self.approximate_from: int | None = None
         self.approximation = EXACT
@@ -68,7 +76,9 @@ class History:
         self.stored_tokens = 0
         self._writer: SegmentWriter | None = None
         self._submitted: dict[int, int] = {}  # layer -> tokens handed to the writer
-        self._resident: dict[int, Tensor] = {}  # layer -> abstract in the selector's form
+        self._resident: dict[
+            int, tuple[int, Resident]
+        ] = {}  # layer -> chunks, and their abstracts in the selector's form
         self._recorded: str | None = None  # key under which this sequence was last recorded, unnamed
         forks.watch(self)
 
@@ -91,7 +101,7 @@ class History:
 
     @property
     def resident_bytes(self) -> int:
-        return sum(t.nbytes for t in self._resident.values())
+        return sum(t.nbytes for _, resident in self._resident.values() for t in resident)
 
     # -- restoring
 
@@ -153,6 +163,18 @@ class History:
         self._behind.wait(layer)
         return self._gather(self._parts(layer), layer, chunks.cpu().numpy())
 
+    def select_each(self, layer: int, chunks: Tensor, counts: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """K and V of the first `counts` chunks of every KV head: for each head (tokens, head_dim) twice.
+
+        chunks (kv_heads, n), counts (kv_heads,)
+        """
+        self._behind.wait(layer)
+        wanted = np.arange(chunks.shape[1]) < counts.cpu().numpy()[:, None]
+        heads = np.broadcast_to(self._heads[layer], wanted.shape)
+        both = self._read_records(self._parts(layer), layer, chunks.cpu().numpy()[wanted], heads[wanted])
+        each = both.split(counts.tolist(), 1)
+        return [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in each]
+
     def _parts(self, layer: int) -> list[Part]:
         if self._writer is None or not self._submitted.get(layer):
             return self._sealed
@@ -166,6 +188,15 @@ class History:
     def _gather(self, parts: list[Part], layer: int, chunks: Array) -> tuple[Tensor, Tensor]:
         """chunks (kv_heads, n): which to read for each KV head; every one lies in one of `parts`."""
         heads, n = chunks.shape
+        both = self._read_records(
+            parts, layer, chunks.ravel(), np.broadcast_to(self._heads[layer], chunks.shape).ravel()
+        )
+        k, v = both.view(2, heads, n * self.geometry.chunk_tokens, self._dims[layer])
+        return k, v
+
+    def _read_records(self, parts: list[Part], layer: int, chunks: Array, of_heads: Array) -> Tensor:
+        """Chunk chunks[i] of KV head of_heads[i], for every i: (2, n, chunk_tokens, head_dim), K first."""
+        heads, n = len(self._heads[layer]), len(chunks)
         ct, dim = self.geometry.chunk_tokens, self._dims[layer]
 
         def read(segment: Segment, records: Array, out: Array) -> None:
@@ -174,12 +205,12 @@ class History:
 
         def fill(out: Array) -> None:
             for part in parts:
-                records = ((chunks - part.first) * heads + self._heads[layer]).ravel()
+                records = (chunks - part.first) * heads + of_heads
                 if len(parts) == 1:
                     read(part.segment, records, out)
                     return
                 columns = np.flatnonzero((chunks >= part.first) & (chunks < part.stop))
-                if len(columns) == len(records):
+                if len(columns) == n:
                     read(part.segment, records, out)
                     return
                 if len(columns):
@@ -187,27 +218,40 @@ class History:
                     read(part.segment, records[columns], some)
                     out[:, columns] = some
 
-        both = self._staging.read_into((2, heads * n, ct, dim), fill)
-        k, v = both.view(2, heads, n * ct, dim)
-        return k, v
+        return self._staging.read_into((2, n, ct, dim), fill)
 
-    def resident(self, layer: int, selector: Selector) -> Tensor:
-        """The abstract of every whole chunk of a layer, in the selector's form; loaded once, extended as chunks come."""
+    def resident(self, layer: int, selector: Selector) -> Resident:
+        """The abstracts of every whole chunk of a layer, in the selector's form; loaded once, extended as chunks come."""
         chunks = self.chunks(layer)
-        have = self._resident.get(layer)
-        done = 0 if have is None else have.shape[-1]
-        if have is None or done < chunks:
+        done, have = self._resident.get(layer, (0, ()))
+        if done < chunks:
             self._behind.wait(layer)
-            fresh = []
+            made = [have] if done else []
             for part in self._parts(layer):
                 if part.stop > done:
-                    with self._naming(part.segment):
-                        abstract = self._reader.abstract(part.segment, selector.abstract, layer)
-                    fresh.append(torch.from_numpy(abstract[max(0, done - part.first) : part.chunks].copy()))
-            made = selector.prepare(torch.cat(fresh).to(self._staging.device))
-            have = made if have is None else torch.cat((have, made), -1)
-            self._resident[layer] = have
+                    fresh = slice(max(0, done - part.first), part.chunks)
+                    stored = {
+                        name: self._abstract(part, layer, name, planes, fresh)
+                        for name, planes in selector.abstracts.items()
+                    }
+                    prepared = selector.prepare(stored, self.geometry.chunk_tokens, self._dims[layer])
+                    made.append(tuple(t.to(self._staging.device) for t in prepared))
+            have = made[0] if len(made) == 1 else selector.join(made)
+            self._resident[layer] = chunks, have
         return have
+
+    def _abstract(self, part: Part, layer: int, name: str, planes: int | None, chunks: slice) -> Array:
+        """An abstract of some chunks of a part, as `Reader.abstract` gives it; made from the keys where none is stored."""
+        kind = ABSTRACTS[name]
+        if name in part.segment.info.abstracts:
+            with self._naming(part.segment):
+                stored = self._reader.stored_abstract(part.segment, name, layer, planes)[:, chunks]
+        else:
+            k, _ = self._read_run([part], layer, part.first + chunks.start, part.first + chunks.stop)
+            keys = as_float32(storage_view(k.cpu()), self.geometry.dtype)
+            keys = keys.reshape(len(keys), -1, self.geometry.chunk_tokens, keys.shape[-1])
+            stored = kind.build(keys, keys.shape[1] * keys.shape[2], self.geometry.dtype)[:planes]
+        return kind.load(stored, self._dims[layer], self.geometry.dtype).copy()
 
     # -- writing
 
@@ -248,6 +292,7 @@ class History:
             parent=self._sealed[-1].segment.info.segment if self._sealed else None,
             start=start,
             capacity=capacity,
+            abstracts=self.abstracts,
         )
         self._submitted = dict.fromkeys(self.geometry.layers, 0)
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvdb.errors import Unsupported
 from kvdb.runtime.history import FLUSH_TOKENS, History
-from kvdb.runtime.selection import covered_mass, plan
+from kvdb.runtime.selection import Plan, covered_mass
 from kvdb.runtime.tiles import attend, attend_one, merge
 
 if TYPE_CHECKING:
@@ -232,17 +232,42 @@ class FullLayer(_FixedShape, DynamicLayer):
         self, row: History, q: Tensor, tail_k: Tensor, tail_v: Tensor, scale: float, take: int
     ) -> Tensor:
         cache, index = self.stored.cache, self.stored.index
+        assert cache.rule is not None
         query = q.squeeze(2) * scale
         exact_query = query.float()
-        scores = cache.selector.score(exact_query, row.resident(index, cache.selector))
-        chosen = plan(scores, take, cache.forced)
-        k, v = row.select(index, chosen.chunks)
-        if cache.sampling:
-            logits = torch.bmm(exact_query, k.float().transpose(1, 2))  # [kv_heads, group, n * chunk_tokens]
-            record_lse = torch.logsumexp(logits.unflatten(-1, (-1, cache.geometry.chunk_tokens)), -1)
+        parts: list[tuple[Tensor, Tensor]] = []
+
+        def read(chunks: Tensor) -> Tensor:
+            k, v = row.select(index, chunks)
+            parts.append((k.clone(), v.clone()))  # what is read next takes their place
+            return _record_lse(exact_query, k, cache.geometry.chunk_tokens)
+
+        tail_lse = None
+        if cache.rule.knows_tail or cache.sampling:
             tail_lse = torch.logsumexp(torch.bmm(exact_query, tail_k.float().transpose(1, 2)), -1)
-            cache.note_mass(covered_mass(scores, chosen, record_lse, tail_lse))
-        return attend_one(query, [(k, v), (tail_k, tail_v)])
+        scores = cache.rule.score(cache.selector, exact_query, row.resident(index, cache.selector), take)
+        chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, read)
+        cache.note_scores(scores, chosen)
+        if chosen.counts is not None:
+            return self._attend_each(row, query, chosen, tail_k, tail_v)
+        if not parts:
+            k, v = row.select(index, chosen.chunks)
+            parts.append((k, v))
+            if cache.sampling:
+                assert tail_lse is not None
+                lse = _record_lse(exact_query, k, cache.geometry.chunk_tokens)
+                cache.note_mass(covered_mass(scores, chosen, lse, tail_lse))
+        return attend_one(query, [*parts, (tail_k, tail_v)])
+
+    def _attend_each(self, row: History, query: Tensor, chosen: Plan, tail_k: Tensor, tail_v: Tensor) -> Tensor:
+        """As many records for each KV head as its plan says: (kv_heads, group, head_dim)."""
+        assert chosen.counts is not None
+        read = row.select_each(self.stored.index, chosen.chunks, chosen.counts)
+        out = [
+            attend_one(query[h : h + 1], [(k[None], v[None]), (tail_k[h : h + 1], tail_v[h : h + 1])])
+            for h, (k, v) in enumerate(read)
+        ]
+        return torch.cat(out)
 
     def offload(self) -> None:
         """Nothing to do: stored KV is on disk already."""
@@ -276,3 +301,9 @@ class SlidingLayer(_FixedShape, DynamicSlidingWindowLayer):
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
         self.cumulative_length = total_tokens
+
+
+def _record_lse(q: Tensor, k: Tensor, chunk_tokens: int) -> Tensor:
+    """q (kv_heads, group, head_dim) scaled, k (kv_heads, n * chunk_tokens, head_dim) -> (kv_heads, group, n)."""
+    logits = torch.bmm(q, k.float().transpose(1, 2))
+    return torch.logsumexp(logits.unflatten(-1, (-1, chunk_tokens)), -1)

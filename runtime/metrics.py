@@ -10,6 +10,8 @@ from typing import Any
 class Metrics:
     """Counters of one cache, all rows together. Bytes are KV bytes requested from segments, abstracts not included.
 
+    ranges_evaluated        ranges and records that selectors scored, over all steps and layers; abstract_bytes_read: for that
+    unread_mass_bound       largest proven share of softmax mass left unread at any step; None: nothing was proven
     mass_sum, mass_samples  covered attention mass, estimated on sampled steps (see selection)
     """
 
@@ -25,6 +27,9 @@ class Metrics:
     decode_bytes_full: int = 0
     abstract_bytes_resident: int = 0
     kv_bytes_resident_peak: int = 0
+    ranges_evaluated: int = 0
+    abstract_bytes_read: int = 0
+    unread_mass_bound: float | None = None
     mass_sum: float = 0.0
     mass_samples: int = 0
 
@@ -49,7 +54,10 @@ class Metrics:
             "decode_tokens": self.decode_tokens,
             "kv_bytes_read": self.decode_bytes_read,
             "kv_bytes_read_share": self.decode_bytes_read / self.decode_bytes_full if self.decode_bytes_full else 0.0,
+            "ranges_evaluated": self.ranges_evaluated,
+            "abstract_bytes_read": self.abstract_bytes_read,
             "abstract_bytes_resident": self.abstract_bytes_resident,
             "kv_bytes_resident_peak": self.kv_bytes_resident_peak,
             "mass_covered_estimate": self.mass_covered_estimate,
+            "unread_mass_bound": self.unread_mass_bound,
         }

@@ -19,8 +19,7 @@ import numpy as np
 
 import kvdb
 from kvdb import EXACT, KVDB, Geometry, Identity, LayerGroup, Span
-from kvdb.format import from_float32
-from kvdb.geometry import div_ceil
+from kvdb.geometry import div_ceil, from_float32
 from kvdb.options import Mode
 from kvdb.reader import Reader
 from kvdb.segments import Segment, SegmentWriter

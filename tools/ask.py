@@ -79,6 +79,8 @@ def ask(
     document: str,
     model: str,
     budget: str | None,
+    mass: float | None,
+    certified: float | None,
     exact: bool,
     max_new_tokens: int,
     name: str | None,
@@ -94,7 +96,7 @@ def ask(
     budget    a share or a number of tokens, as text
     opening   options of `KVDB.open`
     """
-    limit = parse_budget(budget, exact=exact)
+    limit = check_limits(budget, mass, certified, exact=exact)
     if not question.strip():
         raise InvalidInput("question: empty, expected some text; put it in quotes after the store")
     if not _is_unicode(question):
@@ -112,7 +114,7 @@ def ask(
         raise InvalidInput(f"--stats {stats}: no folder {stats.parent}, expected an existing one")
 
     console = stderr_console()
-    loaded = _load(model, console, threads)
+    loaded = load(model, console, threads)
     prompt = build_prompt(loaded.tokenizer, text, question)
     _check_context(loaded, prompt, max_new_tokens)
 
@@ -122,7 +124,7 @@ def ask(
     started = time.perf_counter()
     with (
         KVDB.open(store, **opening) as db,
-        attach(loaded.model, db, budget=limit, exact=exact) as kv,
+        attach(loaded.model, db, budget=limit, mass=mass, certified=certified, exact=exact) as kv,
     ):
         result, shown = _answer(kv, loaded, prompt, max_new_tokens, keep, console, as_json, started)
     if stats is not None:
@@ -137,15 +139,33 @@ def ask(
 # -- input, checked before the model is loaded
 
 
-def parse_budget(text: str | None, *, exact: bool) -> float | int | None:
+def check_limits(budget: str | None, mass: float | None, certified: float | None, *, exact: bool) -> float | int | None:
+    """What bounds attention: at most one of the options; returns the budget.
+
+    raises  InvalidInput
+    """
+    given = [
+        f"--{name} {value}"
+        for name, value in (("budget", budget), ("mass", mass), ("certified", certified))
+        if value is not None
+    ]
+    if exact:
+        given.insert(0, "--exact")
+    if len(given) > 1:
+        raise InvalidInput(f"{' and '.join(given)}: expected one of them; --exact attends to everything")
+    for name, share in (("mass", mass), ("certified", certified)):
+        if share is not None and not 0.0 < share < 1.0:
+            raise InvalidInput(f"--{name} {share}: expected a share between 0 and 1")
+    return parse_budget(budget)
+
+
+def parse_budget(text: str | None) -> float | int | None:
     """A share if written with a point, a number of tokens if written without.
 
     raises  InvalidInput
     """
     if text is None:
         return None
-    if exact:
-        raise InvalidInput(f"--exact and --budget {text}: expected one of them; --exact attends to everything")
     found: float | int
     try:
         found = int(text)
@@ -221,7 +241,8 @@ def _check_context(loaded: LoadedModel, prompt: Prompt, max_new_tokens: int) -> 
 # -- the job
 
 
-def _load(name: str, console: Console, threads: int | None) -> LoadedModel:
+def load(name: str, console: Console, threads: int | None) -> LoadedModel:
+    """A model by name, saying on the console what takes long. threads: to compute with; None: torch's choice."""
     with console.status("loading torch and transformers") as status:
         import torch
         from transformers.utils import logging
@@ -287,7 +308,7 @@ def _answer(
         kv_bytes_resident_peak=stats["kv_bytes_resident_peak"],
         mass_covered_estimate=stats["mass_covered_estimate"],
     )
-    return result, _Shown(stats["kv_bytes_read_share"], "all" if kv.budget is None else "chosen chunks")
+    return result, _Shown(stats["kv_bytes_read_share"], "all" if kv.rule is None else "chosen chunks")
 
 
 @contextmanager

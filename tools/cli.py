@@ -1,6 +1,6 @@
 """The `kvdb` command: options, help, and the one place where errors become a line and an exit code.
 
-Here stand only names and help texts; the work is in `ask`, `inspect` and `maintain`. Nothing imported here imports torch.
+Here stand only names and help texts; the work is in `ask`, `inspect`, `maintain` and `evaluate`. Nothing imported here imports torch.
 KVDB_DEBUG=1 shows tracebacks.
 """
 
@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from kvdb import __version__
 from kvdb.tools import inspect, maintain
 from kvdb.tools.ask import ask as run_ask
+from kvdb.tools.evaluate.command import evaluate
 from kvdb.tools.output import BAD_INPUT, print_json, report_error
 
 _UsageError: Final[Any] = typer.BadParameter.__mro__[1]  # typer exports only its subclass
@@ -60,6 +61,7 @@ app: Final = typer.Typer(
 HEALTH: Final = "Keep a store healthy"
 SPACE: Final = "Keep a store small"
 MOVE: Final = "Move sequences"
+JUDGE: Final = "Judge"
 
 Store = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
 StoreToWrite = Annotated[
@@ -70,6 +72,13 @@ OneSequence = Annotated[str, typer.Argument(metavar="SEQUENCE", help=_NAMING, sh
 SomeSequence = Annotated[
     str | None, typer.Argument(metavar="[SEQUENCE]", help=f"{_NAMING} Default: all.", show_default=False)
 ]
+Model = Annotated[
+    str, typer.Option(metavar="MODEL", help="smollm2, gemma3-270m, a model folder, or a hub id OWNER/NAME.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Threads to compute with; default: torch's choice.")
+]
+Stats = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write what --json prints to this file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -96,15 +105,29 @@ def ask(
     store: StoreToWrite,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.", show_default=False)],
     document: Annotated[str, typer.Option(metavar="FILE", help="UTF-8 text, or - for stdin.", show_default=False)],
-    model: Annotated[
-        str, typer.Option(metavar="MODEL", help="smollm2, gemma3-270m, a model folder, or a hub id OWNER/NAME.")
-    ] = "smollm2",
+    model: Model = "smollm2",
     budget: Annotated[
         str | None,
         typer.Option(
             metavar="SHARE|TOKENS",
             help="How much of the stored prompt each KV head attends to per step: a share (0.2) or tokens (2048). "
             "Default: 10 %, at most 2048 tokens.",
+            show_default=False,
+        ),
+    ] = None,
+    mass: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Instead of a budget: read until this share of attention mass, as estimated, is attended to (0.95).",
+            show_default=False,
+        ),
+    ] = None,
+    certified: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Instead of a budget: read until at most this share of every head's attention is proven unread (0.05).",
             show_default=False,
         ),
     ] = None,
@@ -133,12 +156,8 @@ def ask(
         Literal["mmap", "pread"] | None,
         typer.Option(help="How stored KV is read; pread for network file systems.", show_default="mmap on Linux"),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads to compute with; default: torch's choice.")
-    ] = None,
-    stats: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write what --json prints to this file.")
-    ] = None,
+    threads: Threads = None,
+    stats: Stats = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question about a document.
@@ -152,6 +171,8 @@ def ask(
         document=document,
         model=model,
         budget=budget,
+        mass=mass,
+        certified=certified,
         exact=exact,
         max_new_tokens=max_new_tokens,
         name=name,
@@ -305,6 +326,82 @@ def import_(
     Every byte is verified before anything becomes visible.
     """
     raise typer.Exit(maintain.import_sequence(store, file, name=name, as_json=as_json))
+
+
+@app.command(
+    "eval", epilog="Example: kvdb eval --selector box --selector sketch:bits=4 --plot eval.svg", rich_help_panel=JUDGE
+)
+def eval_(
+    model: Model = "smollm2",
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Length of each text; may be repeated.", show_default="4000"),
+    ] = None,
+    selector: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="box, sketch, ..., with settings as in box:beta=1; may be repeated.",
+            show_default="all",
+        ),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHARE|TOKENS", help="As 'kvdb ask --budget'; may be repeated.", show_default="0.05, 0.1, 0.2"
+        ),
+    ] = None,
+    mass: Annotated[
+        list[float] | None,
+        typer.Option(metavar="SHARE", help="Read until this share of attention is estimated to be covered."),
+    ] = None,
+    certified: Annotated[
+        list[float] | None,
+        typer.Option(metavar="SHARE", help="Read until at most this share of attention is proven to be unread."),
+    ] = None,
+    positions: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens at the end of each text that are predicted.")
+    ] = 256,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="prose, reference, code, or a UTF-8 file of your own; may be repeated.",
+            show_default="the first three",
+        ),
+    ] = None,
+    needles: Annotated[int, typer.Option(min=0, metavar="N", help="Pass keys hidden at each of five depths.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Decides where texts begin, and the keys.")] = 0,
+    layers: Annotated[bool, typer.Option("--layers", help="Also show every layer.")] = False,
+    threads: Threads = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw quality against bytes read to this SVG file.")
+    ] = None,
+    stats: Stats = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what selection costs in quality, per byte, against dense attention.
+
+    On real text and a real model: KL, top-1 agreement, perplexity, greedy tokens until the first other one, pass keys found, and
+    the attention mass that was read. *oracle* ranks by the exact keys: no selector can be expected to do better.
+    """
+    evaluate(
+        model=model,
+        tokens=tokens,
+        selectors=selector,
+        budgets=budget,
+        masses=mass,
+        certified=certified,
+        positions=positions,
+        texts=text,
+        needles=needles,
+        seed=seed,
+        layers=layers,
+        threads=threads,
+        stats=stats,
+        plot=plot,
+        as_json=as_json,
+    )
 
 
 def main() -> None:

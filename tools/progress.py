@@ -1,4 +1,4 @@
-"""The prefill's progress bar: tokens per second, bytes written, time left."""
+"""Progress bars: of a prefill (tokens per second, bytes written, time left), and of a run of named steps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
+from kvdb.tools.output import visible
 from kvdb.tools.sizes import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -51,6 +60,30 @@ def prefill_bar(console: Console, *, total: int, reused: int) -> Iterator[Callab
             f"prefill: {total - reused:,} tokens in {seconds_text(seconds)} "
             f"({(total - reused) / seconds:,.0f} tokens/s), {bytes_text(written)} written"
         )
+
+
+@contextmanager
+def steps_bar(console: Console, *, total: int) -> Iterator[Callable[[str], None]]:
+    """Shows which of `total` steps goes on: call it as each begins. Where stderr is no terminal, nothing is shown."""
+    bar = Progress(
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    task = bar.add_task("", total=total)
+    begun = 0
+
+    def update(step: str) -> None:
+        nonlocal begun
+        bar.update(task, description=visible(step), completed=begun)
+        begun += 1
+
+    with bar:
+        yield update
 
 
 class _Counts(ProgressColumn):

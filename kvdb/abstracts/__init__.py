@@ -6,7 +6,8 @@ from typing import Final
 
 from kvdb.abstracts.base import Abstract
 from kvdb.abstracts.box import Box
+from kvdb.abstracts.sketch import Sketch
 
-ABSTRACTS: Final[dict[str, Abstract]] = {abstract.name: abstract for abstract in (Box(),)}
+ABSTRACTS: Final[dict[str, Abstract]] = {abstract.name: abstract for abstract in (Box(), Sketch())}
 
-__all__ = ["ABSTRACTS", "Abstract", "Box"]
+__all__ = ["ABSTRACTS", "Abstract", "Box", "Sketch"]

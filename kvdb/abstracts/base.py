@@ -1,31 +1,64 @@
 """What an abstract is: the small summary of a record from which its importance to a query is estimated unread.
 
-Abstracts are computed from exact keys while a segment is written, and stored beside it as an array of their own
-(layer, chunk, head, part, dim). How a query is scored against one is the business of `kvdb.runtime.selection`.
+Abstracts are computed from exact keys while a segment is written, and stored beside it as an array of their own: per
+layer one or more *planes*, each with a row of bytes for every record. The first planes are of use without the others, and
+can be read and verified without them. The engine moves bytes; only an abstract knows what they mean. How a query is
+scored against one is the business of `kvdb.runtime.selection`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from kvdb.geometry import Geometry
+
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Form(NamedTuple):
+    """One layer of an abstract as Zarr shows it.
+
+    dimensions  names, four of them
+    dtype       the KV dtype, or "uint8"
+    """
+
+    dimensions: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class Abstract(ABC):
     """Contract. One instance per kind; stateless."""
 
     name: ClassVar[str]
-    parts: ClassVar[int]
-    """Rows of head_dim values per record, in the KV dtype."""
+    planes: ClassVar[int]
+    """Contiguous pieces of a layer. Who reads the first n of them has a coarser abstract."""
 
     @abstractmethod
-    def build(self, keys: Array, tokens: int) -> Array:
-        """Summarise keys.
+    def row_bytes(self, chunk_tokens: int, head_dim: int, itemsize: int) -> int:
+        """Stored bytes of one record in one plane, the same in every plane. `itemsize`: of the KV dtype."""
+
+    @abstractmethod
+    def form(self, chunks: int, geometry: Geometry, group: int) -> Form:
+        """How the planes of `chunks` chunks of one layer look as an array of four dimensions, in the order they lie."""
+
+    @abstractmethod
+    def build(self, keys: Array, tokens: int, dtype: str) -> Array:
+        """Summarise keys. Modifies nothing; a record's rows follow from its own keys alone.
 
         keys     (kv_heads, chunks, chunk_tokens, head_dim) float32, after RoPE; only the first `tokens` tokens count,
                  the rest of the last chunk is padding
-        returns  (chunks, kv_heads, parts, head_dim) float32, every value representable in the KV dtype
+        dtype    the KV dtype, which represents every key
+        returns  (planes, chunks, kv_heads, row_bytes) uint8, C-contiguous, as it is stored
+        """
+
+    @abstractmethod
+    def load(self, stored: Array, head_dim: int, dtype: str) -> Array:
+        """What scorers get, from the first planes as they are stored.
+
+        stored   (planes or fewer, chunks, kv_heads, row_bytes) uint8, contiguous rows
+        returns  the abstract's own form
         """

@@ -1,6 +1,6 @@
 """Selection by key boxes: centre plus a share of the radius.
 
-For a box [lo, hi] with centre c and radius r, q.c + |q|.r is the largest score any key inside could have: LeoAM's and
+For a box [lo, hi] with centre c and radius r, q.c + |q|.r is the largest logit any key inside could have: LeoAM's and
 Quest's bound. On real keys the bound exceeds the true maximum by 10-19 logits, so records are ranked by the shrunken score
 q.c + beta |q|.r instead; beta = 1 is the bound itself.
 source: LeoAM, arXiv 2506.20187; Quest, arXiv 2406.10774.
@@ -8,24 +8,37 @@ source: LeoAM, arXiv 2506.20187; Quest, arXiv 2406.10774.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvdb.runtime.selection.base import Selector
+from kvdb.runtime.selection.base import Array, Resident, Scores, Selector
 
 
 @dataclass(frozen=True, slots=True)
 class BoxSelector(Selector):
     name: ClassVar[str] = "box"
-    abstract: ClassVar[str] = "box"
+    chunk_axes: ClassVar[tuple[int, ...]] = (2, 0)
     beta: float = 0.5
 
-    def prepare(self, abstract: Tensor) -> Tensor:
-        lo, hi = abstract[:, :, 0], abstract[:, :, 1]  # [chunks, kv_heads, head_dim]
-        return torch.cat(((hi + lo) / 2, self.beta * (hi - lo) / 2), -1).permute(1, 2, 0).contiguous()
+    @property
+    def abstracts(self) -> dict[str, int | None]:
+        return {"box": None}
 
-    def score(self, q: Tensor, resident: Tensor) -> Tensor:
-        return torch.bmm(torch.cat((q, q.abs()), -1), resident)
+    def prepare(self, stored: Mapping[str, Array], chunk_tokens: int, head_dim: int) -> Resident:
+        box = torch.from_numpy(stored["box"])
+        lo, hi = box[:, :, 0], box[:, :, 1]  # [chunks, kv_heads, head_dim]
+        boxes = torch.cat(((hi + lo) / 2, (hi - lo) / 2), -1).permute(1, 2, 0).contiguous()
+        return boxes, torch.full((len(box),), math.log(chunk_tokens))
+
+    def score(self, q: Tensor, resident: Resident, take: int, *, ceilings: bool = False) -> Scores:
+        boxes, log_tokens = resident
+        heads, width, chunks = boxes.shape
+        lse = torch.bmm(torch.cat((q, self.beta * q.abs()), -1), boxes)
+        ceiling = torch.bmm(torch.cat((q, q.abs()), -1), boxes) + log_tokens if ceilings else None
+        evaluated = heads * chunks
+        return Scores(lse, ceiling, evaluated, evaluated * width * boxes.element_size())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from kvdb import KVDB
-from kvdb.format import as_float32
+from kvdb.geometry import as_float32
 from kvdb.runtime import attach
 from kvdb.runtime.prefill import BLOCK_TOKENS
 

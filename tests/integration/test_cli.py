@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from helpers import assert_reads_back, extend, flip, opened, token_list, tree_bytes
+from tiny_models import save_tiny_llama
 from typer.testing import CliRunner
 
 from kvdb import KVDB, format
@@ -32,36 +33,13 @@ FIELDS = [
 ]  # fmt: skip
 CONTEXT = 4096
 DOCUMENT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(45))
-TEMPLATE = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama with one token per byte, in the layout that `--model PATH` takes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("tiny-llama")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=len(fast), max_position_embeddings=CONTEXT, bos_token_id=None, initializer_range=0.2,
-            eos_token_id=fast.eos_token_id, pad_token_id=fast.eos_token_id,
-        )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder)
+    save_tiny_llama(folder, context=CONTEXT)
     return folder
 
 

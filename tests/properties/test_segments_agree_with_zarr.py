@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from helpers import Array, extend, identity, model_kv, opened, token_list
+from helpers import Array, extend, identity, model_kv, opened, token_list, write_segment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, finite_kv, geometries, seeds
@@ -25,6 +25,11 @@ from kvdb.segments import Segment
 def by_zarr(folder: Path) -> Array:
     found = zarr.open_array(folder, mode="r", zarr_format=3)
     return np.asarray(found[...])
+
+
+def by_zarr_names(folder: Path) -> tuple[str | None, ...] | None:
+    found = zarr.open_array(folder, mode="r", zarr_format=3)
+    return found.metadata.dimension_names  # type: ignore[union-attr]
 
 
 def by_tensorstore(folder: Path) -> Array:
@@ -109,6 +114,35 @@ def test_abstracts_are_arrays_of_their_own(library: Any, tmp_path: Path) -> None
             assert np.array_equal(found[row], reader.abstract(segment, "box", layer))
             keys = model_kv(geometry, tokens, 0, 50, salt="exact")[layer][0]
             assert np.array_equal(found[row, 3, :, 0], keys[:, 48:].min(axis=1))
+
+
+@every_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sketch_is_planes_of_bytes(library: Any, dtype: str, tmp_path: Path) -> None:
+    geometry = Geometry(dtype=dtype, chunk_tokens=16, groups=(LayerGroup(layers=(2, 5), kv_heads=5, head_dim=80),))
+    tokens = token_list(50)
+    with opened(tmp_path / "s") as db:
+        writer = write_segment(db, tokens, geometry=geometry, spare=2, abstracts=("box", "sketch"))
+        segment, reader = db.commit(writer, tokens).segment, db.reader()
+        found = library(segment.folder / f"{segment.info.segment}.sketch0")
+        assert (found.shape, found.dtype) == ((2, 5, 4, 5, 164), np.uint8)
+        for row, layer in enumerate((2, 5)):
+            assert np.array_equal(found[row], reader.abstract(segment, "sketch", layer))
+        assert by_zarr_names(segment.folder / f"{segment.info.segment}.sketch0") == (
+            "layer",
+            "plane",
+            "chunk",
+            "head",
+            "byte",
+        )
+        assert by_zarr_names(segment.folder / f"{segment.info.segment}.box0") == (
+            "layer",
+            "chunk",
+            "head",
+            "part",
+            "dim",
+        )
+        reader.close()
 
 
 def test_the_chunks_folder_is_a_zarr_group_of_all_arrays(tmp_path: Path) -> None:

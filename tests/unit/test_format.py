@@ -13,9 +13,10 @@ import pytest
 from helpers import SMALL, identity
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DTYPES, finite_kv, geometries, seeds
+from strategies import geometries, seeds
 
 from kvdb import format
+from kvdb.abstracts import ABSTRACTS
 from kvdb.codecs import Raw
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.format import CodecSpec, SegmentInfo
@@ -69,6 +70,17 @@ def test_the_sections_of_a_shard_follow_each_other(geometry: Geometry, capacity:
         assert place.file_bytes == place.index_offset + 16 * len(g.layers) * capacity + 4
 
 
+@pytest.mark.parametrize("name", ABSTRACTS)
+@given(geometry=geometries(chunk_tokens=None), capacity=st.integers(1, 50))
+def test_an_abstracts_file_is_its_layers_and_a_layer_its_planes(name: str, geometry: Geometry, capacity: int) -> None:
+    for group, g in enumerate(geometry.groups):
+        abstract = ABSTRACTS[name]
+        place = format.abstract_layout(geometry, group, capacity, abstract)
+        assert place.plane_bytes == capacity * g.kv_heads * place.row_bytes > 0
+        assert place.layer_bytes == abstract.planes * place.plane_bytes
+        assert place.file_bytes == len(g.layers) * place.layer_bytes
+
+
 def test_a_digest_is_bound_to_its_place() -> None:
     rows = np.zeros((3, 32), np.uint8)
     digests = format.record_digests("ab" * 16, 0, rows)
@@ -93,7 +105,7 @@ def test_parsing_inverts_building_metadata(geometry: Geometry) -> None:
         found = format.parse_kv_metadata(data, "here")
         assert (found.info, found.identity, found.group, found.format) == (info, identity(), group, 0)
         assert list(found.sections) == ["digests"]
-        abstract = format.abstract_metadata(info, group, "box", 2, ["00", "11"])
+        abstract = format.abstract_metadata(info, group, ABSTRACTS["box"], ["00", "11"])
         assert format.abstract_digests(abstract, "here") == ["00", "11"]
 
 
@@ -156,12 +168,3 @@ def test_metadata_is_json_with_kvdb_under_one_attribute() -> None:
     assert list(metadata["attributes"]) == ["kvdb"]
     assert metadata["attributes"]["kvdb"]["info"] == json.loads(msgspec.json.encode(info_of(SMALL)))
     assert json.loads(format.group_metadata())["node_type"] == "group"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@given(seed=seeds())
-def test_stored_values_pass_through_float32_unchanged(dtype: str, seed: int) -> None:
-    stored = finite_kv(seed, (64,), dtype)
-    back = format.from_float32(format.as_float32(stored, dtype), dtype)
-    assert back.tobytes() == stored.tobytes()
-    assert back.dtype == stored.dtype

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import pytest
 import xxhash
-from helpers import TWO_GROUPS, Array, extend, identity, model_kv, opened, token_list
+from helpers import TWO_GROUPS, Array, extend, identity, model_kv, opened, token_list, write_segment
 
 import kvdb
 from kvdb import KVDB
@@ -234,6 +234,48 @@ def test_the_box_read_by_the_document_is_that_of_the_keys(root: Path) -> None:
                 else:
                     assert np.array_equal(boxes[:, chunk, :, 0], part.min(axis=2))
                     assert np.array_equal(boxes[:, chunk, :, 1], part.max(axis=2))
+
+
+def test_the_sketch_read_by_the_document_holds_the_keys(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        writer = write_segment(db, TOKENS[:50], geometry=TWO_GROUPS, spare=2, abstracts=("sketch",))
+        db.put_sequence(db.commit(writer, TOKENS[:50]).segment, 50)
+    ((segment, entry),) = table(tmp_path / "s", "segments").items()
+    info, ct = entry["info"], 16
+    for group, g in enumerate(info["geometry"]["groups"]):
+        dim, heads, slots = g["head_dim"], g["kv_heads"], info["capacity"]
+        row_bytes = max(2 * dim + 4, -(-ct * dim // 8))
+        folder = tmp_path / "s" / "chunks" / f"{segment}.sketch{group}"
+        data = (folder / "c.0.0.0.0.0").read_bytes()
+        assert len(data) == len(g["layers"]) * 5 * slots * heads * row_bytes
+        plane_bytes = slots * heads * row_bytes
+        digests = [f"{xxh3(data[at : at + plane_bytes]):016x}" for at in range(0, len(data), plane_bytes)]
+        attributes = json.loads((folder / "zarr.json").read_text())["attributes"]["kvdb"]
+        assert attributes["layer_xxh3"] == digests
+        assert entry["seals"][f"{segment}.sketch{group}"] == f"{xxh3('|'.join(digests).encode()):016x}"
+        keys = read_shard(tmp_path / "s", info, group)[0][:, :, 0].astype(np.float64)  # [layer, head, token, dim]
+        for layer, chunk, head in np.ndindex(len(g["layers"]), slots, heads):
+            at = [(((layer * 5 + p) * slots + chunk) * heads + head) * row_bytes for p in range(5)]
+            rows = [data[offset : offset + row_bytes] for offset in at]
+            own = keys[layer, head, chunk * ct : chunk * ct + ct]
+            if not len(own):
+                assert not any(map(any, rows))
+                continue
+            lo, hi = np.frombuffer(rows[0][: 2 * dim], "i1").astype(np.float64).reshape(2, dim)
+            scale = struct.unpack("<f", rows[0][2 * dim : 2 * dim + 4])[0]
+            assert not any(rows[0][2 * dim + 4 :])
+            assert rows[0][2 * dim] == 0  # the last eight bits of the scale
+            assert (lo * scale <= own).all()
+            assert (own <= hi * scale).all()
+            u = np.zeros((ct, dim))
+            for token, d in np.ndindex(ct, dim):
+                n = token * dim + d
+                bits = [rows[1 + i][n // 8] >> n % 8 & 1 for i in range(4)]
+                u[token, d] = 8 * bits[0] + 4 * bits[1] + 2 * bits[2] + bits[3]
+            assert not u[len(own) :].any()
+            width = (hi - lo) * scale
+            assert (lo * scale + width * (u[: len(own)] / 16 - 2**-20) <= own).all()
+            assert (own <= lo * scale + width * ((u[: len(own)] + 1) / 16 + 2**-20)).all()
 
 
 def test_identities_are_addressed_by_the_documented_digest(root: Path) -> None:

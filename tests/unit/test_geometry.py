@@ -1,14 +1,14 @@
-"""Shapes and sizes: pure arithmetic, refused where it could not hold."""
+"""Shapes, sizes and dtypes: pure arithmetic, refused where it could not hold."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import geometries
+from strategies import DTYPES, finite_kv, geometries, seeds
 
 from kvdb.errors import InvalidInput
-from kvdb.geometry import SEGMENT_TOKENS, Geometry, LayerGroup, div_ceil
+from kvdb.geometry import SEGMENT_TOKENS, Geometry, LayerGroup, as_float32, div_ceil, from_float32
 
 ONE = LayerGroup(layers=(0,), kv_heads=1, head_dim=1)
 
@@ -68,3 +68,12 @@ def test_an_impossible_geometry_is_refused(change: dict[str, object], message: s
     fields = {"dtype": "float16", "chunk_tokens": 16, "groups": (ONE,)} | change
     with pytest.raises(InvalidInput, match=message):
         Geometry(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=seeds())
+def test_stored_values_pass_through_float32_unchanged(dtype: str, seed: int) -> None:
+    stored = finite_kv(seed, (64,), dtype)
+    back = from_float32(as_float32(stored, dtype), dtype)
+    assert back.tobytes() == stored.tobytes()
+    assert back.dtype == stored.dtype

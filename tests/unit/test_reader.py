@@ -12,7 +12,7 @@ from helpers import TWO_GROUPS, assert_healthy, extend, flip, model_kv, read_kv,
 
 from kvdb import KVDB
 from kvdb.errors import Damaged, InvalidInput
-from kvdb.format import as_float32
+from kvdb.geometry import as_float32
 from kvdb.reader import READERS, MmapReader, Reader, Verified
 from kvdb.segments import Segment, layout
 

@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries
 
-from kvdb import KVDB, Geometry
+from kvdb import KVDB, Geometry, LayerGroup
 from kvdb.codecs import Raw
 from kvdb.errors import InvalidInput, Unsupported
 from kvdb.format import CodecSpec
@@ -177,9 +177,19 @@ def test_a_segment_of_a_cipher_or_codec_that_is_not_known_is_refused(tmp_path: P
             codec_of(msgspec.structs.replace(info, **{field: value}))
 
 
-def test_a_writer_never_takes_more_room_than_it_reserved(tmp_path: Path) -> None:
+MANY_LAYERS = Geometry(
+    dtype="float16", chunk_tokens=16, groups=(LayerGroup(layers=tuple(range(300)), kv_heads=1, head_dim=1),)
+)
+
+
+@pytest.mark.parametrize("abstracts", [(), ("box",), ("sketch",), ("box", "sketch")])
+@pytest.mark.parametrize("geometry", [TWO_GROUPS, MANY_LAYERS], ids=["two groups", "many layers"])
+def test_a_writer_never_takes_more_room_than_it_reserved(
+    tmp_path: Path, geometry: Geometry, abstracts: tuple[str, ...]
+) -> None:
     with opened(tmp_path / "s") as db:
-        for tokens in (1, 16, 33, 1000):
-            entry = write_segment(db, token_list(tokens), geometry=TWO_GROUPS).seal(token_list(tokens))
-            capacity = TWO_GROUPS.chunks(tokens)
-            assert 0 < entry.disk_bytes <= reserved_bytes(TWO_GROUPS, Raw(), ("box",), capacity)
+        for tokens in (1, 16, 33, 300):
+            writer = write_segment(db, token_list(tokens), geometry=geometry, abstracts=abstracts)
+            entry = writer.seal(token_list(tokens))
+            assert 0 < entry.disk_bytes <= reserved_bytes(geometry, Raw(), abstracts, geometry.chunks(tokens))
+            writer.discard()

@@ -1,4 +1,5 @@
-"""A plan holds the sink, the recent window and the best of the rest, each once, and what it leaves unread is estimated.
+"""A plan holds the sink, the recent window and the best of the rest, each once; where it stops is as its rule says; what it
+leaves unread is estimated, or proven.
 
 The oracle of a plan is NumPy in float64: softmax per query head, summed over the group, sorted. The oracle of covered mass
 is the sum of exponentials over every token.
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdb.errors import InvalidInput
-from kvdb.runtime.selection import BoxSelector, Budget, Forced, covered_mass, plan
+from kvdb.runtime.selection import BoxSelector, Budget, Certified, Forced, Mass, Plan, Scores, StopRule, covered_mass
 
 FORCED = Forced.of(16)
 
@@ -26,6 +27,18 @@ shapes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(FORCED.sink
 
 def scores_of(shape: tuple[int, int, int], seed: int, width: float = 3.0) -> torch.Tensor:
     return width * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scored(lse: torch.Tensor, ceiling: torch.Tensor | None = None) -> Scores:
+    return Scores(lse, ceiling, lse.shape[0] * lse.shape[2], 0)
+
+
+def unread(_: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("read before the plan was made")
+
+
+def plan(lse: torch.Tensor, take: int) -> Plan:
+    return Budget.of(None).plan(scored(lse), take, FORCED, None, unread)
 
 
 def group_mass(scores: torch.Tensor, forced: Forced) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -44,7 +57,7 @@ def test_sink_and_recent_window_are_whole_chunks(chunk_tokens: int, sink: int, r
 @given(shapes, st.integers(0, 80), seeds)
 def test_a_plan_holds_what_is_forced_and_nothing_twice(shape: tuple[int, int, int], take: int, seed: int) -> None:
     heads, _, chunks = shape
-    chosen = plan(scores_of(shape, seed), take, FORCED)
+    chosen = plan(scores_of(shape, seed), take)
     expected = max(min(take, chunks), FORCED.sink + FORCED.recent)
     assert chosen.chunks.shape == (heads, expected)
     assert chosen.chunks.dtype == torch.int64
@@ -52,15 +65,15 @@ def test_a_plan_holds_what_is_forced_and_nothing_twice(shape: tuple[int, int, in
     for row in chosen.chunks.tolist():
         assert len(set(row)) == len(row)
         assert forced <= set(row) <= set(range(chunks))
-        assert set(row[chosen.free]) == set(row) - forced
+        assert set(row[: chosen.forced]) == forced
 
 
 @given(shapes, st.integers(0, 80), seeds)
 def test_the_free_part_of_a_plan_is_the_top_by_mass(shape: tuple[int, int, int], take: int, seed: int) -> None:
     scores = scores_of(shape, seed)
-    chosen = plan(scores, take, FORCED)
-    free = chosen.free.stop - chosen.free.start
-    for row, mass in zip(chosen.chunks[:, chosen.free].tolist(), group_mass(scores, FORCED), strict=True):
+    chosen = plan(scores, take)
+    free = chosen.chunks.shape[1] - chosen.forced
+    for row, mass in zip(chosen.chunks[:, chosen.forced :].tolist(), group_mass(scores, FORCED), strict=True):
         best = np.sort(mass)[::-1][:free]
         found = np.sort(mass[np.array(row, int) - FORCED.sink])[::-1]
         # Equal but for swaps of records whose masses are equal in float32: each is a sum of `group` rounded terms.
@@ -69,9 +82,9 @@ def test_the_free_part_of_a_plan_is_the_top_by_mass(shape: tuple[int, int, int],
 
 def test_a_later_plan_does_not_change_an_earlier_one() -> None:
     shape = (2, 3, 40)
-    first = plan(scores_of(shape, 1), 12, FORCED)
+    first = plan(scores_of(shape, 1), 12)
     kept = first.chunks.clone()
-    plan(scores_of(shape, 2), 12, FORCED)
+    plan(scores_of(shape, 2), 12)
     assert torch.equal(first.chunks, kept)
 
 
@@ -91,8 +104,8 @@ def test_covered_mass_is_true_where_scores_are(shape: tuple[int, int, int], take
     logits = width * torch.randn((*shape, 16), generator=g)
     tail = width * torch.randn((*shape[:2], 5), generator=g)
     true = record_lse(logits)
-    chosen = plan(true, take, FORCED)
-    found = covered_mass(true, chosen, chosen_lse(true, chosen.chunks), torch.logsumexp(tail, -1)).item()
+    chosen = plan(true, take)
+    found = covered_mass(scored(true), chosen, chosen_lse(true, chosen.chunks), torch.logsumexp(tail, -1)).item()
     every = logits.double().numpy()
     top = max(every.max(), tail.max().item())
     record = np.exp(every - top).sum(-1)  # [kv_heads, group, chunks]
@@ -111,16 +124,16 @@ def test_covered_mass_is_a_share_whatever_the_scores(
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     scores = width * torch.randn(shape, generator=g)
-    chosen = plan(scores, take, FORCED)
+    chosen = plan(scores, take)
     true = width * torch.randn((*shape[:2], chosen.chunks.shape[1]), generator=g)
-    found = covered_mass(scores, chosen, true, width * torch.randn(shape[:2], generator=g)).item()
+    found = covered_mass(scored(scores), chosen, true, width * torch.randn(shape[:2], generator=g)).item()
     assert 0.0 <= found <= 1.0
 
 
 def test_nothing_unread_is_all_covered() -> None:
     scores = scores_of((2, 2, 20), 0)
-    chosen = plan(scores, 20, FORCED)
-    assert covered_mass(scores, chosen, chosen_lse(scores, chosen.chunks), torch.zeros(2, 2)).item() == 1.0
+    chosen = plan(scores, 20)
+    assert covered_mass(scored(scores), chosen, chosen_lse(scores, chosen.chunks), torch.zeros(2, 2)).item() == 1.0
 
 
 @pytest.mark.parametrize(
@@ -142,28 +155,114 @@ def test_an_impossible_budget_is_refused_with_its_value(wrong: Any) -> None:
 
 @given(st.floats(0.001, 1.0), st.integers(0, 5000), st.sampled_from((16, 32)))
 def test_a_budget_is_never_exceeded(share: float, chunks: int, chunk_tokens: int) -> None:
-    assert Budget.of(share).chunks(chunks, chunk_tokens) <= share * chunks
+    assert Budget.of(share).look_at(chunks, chunk_tokens) <= share * chunks
     tokens = max(1, int(share * 4000))
-    assert Budget.of(tokens).chunks(chunks, chunk_tokens) * chunk_tokens <= tokens
-    both = Budget.of(None).chunks(chunks, chunk_tokens)
+    assert Budget.of(tokens).look_at(chunks, chunk_tokens) * chunk_tokens <= tokens
+    both = Budget.of(None).look_at(chunks, chunk_tokens)
     assert both <= 0.1 * chunks
     assert both * chunk_tokens <= 2048
 
 
-def test_different_budgets_have_different_fidelities() -> None:
-    budgets = [None, 0.1, 0.2, 1.0, 1, 2048, 512]
-    assert len({Budget.of(b).fidelity for b in budgets}) == len(budgets)
+def test_different_rules_have_different_fidelities() -> None:
+    rules: list[StopRule] = [Budget.of(b) for b in (None, 0.1, 0.2, 1.0, 1, 2048, 512)]
+    rules += [Mass.of(0.9), Mass.of(0.95), Certified.of(0.95), Certified.of(0.05)]
+    assert len({rule.fidelity for rule in rules}) == len(rules)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 0.0, 1.0, -0.1, 1.5, math.nan, math.inf, True, "0.1", None])
+@pytest.mark.parametrize(("rule", "name"), [(Mass, "mass"), (Certified, "certified")])
+def test_an_impossible_share_is_refused_with_its_value(rule: Any, name: str, wrong: Any) -> None:
+    with pytest.raises(InvalidInput, match=f"{name}: .*{str(wrong).strip()}"):
+        rule.of(wrong)
+
+
+# -- top-p
+
+
+@given(shapes, st.floats(0.01, 0.99), st.floats(0.1, 8.0), st.booleans(), seeds)
+def test_top_p_reads_as_many_as_reach_the_share_and_no_more(
+    shape: tuple[int, int, int], share: float, width: float, tail: bool, seed: int
+) -> None:
+    lse = scores_of(shape, seed, width)
+    tail_lse = scores_of((*shape[:2], 1), seed + 1, width)[..., 0] if tail else None
+    chosen = Mass.of(share).plan(scored(lse), 1, FORCED, tail_lse, unread)
+    assert chosen.counts is not None
+    assert chosen.chunks.shape[1] == chosen.counts.max()
+    e = np.exp(lse.double().numpy())
+    t = 0.0 if tail_lse is None else np.exp(tail_lse.double().numpy())
+    shares = e / (e.sum(-1) + t)[..., None]
+    slack = 64 * np.finfo(np.float32).eps * shape[2]
+    for head, count in enumerate(chosen.counts.tolist()):
+        row = chosen.chunks[head, :count].numpy()
+        assert len(set(row.tolist())) == count
+        assert set(range(FORCED.sink)) | set(range(shape[2] - FORCED.recent, shape[2])) <= set(row.tolist())
+        missing = 1 - (0.0 if tail_lse is None else (t / (e.sum(-1) + t))[head].mean())
+        missing -= shares[head][:, row].sum(-1).mean()
+        assert missing <= 1 - share + slack
+        last = shares[head][:, row[-1]].mean()
+        assert count == chosen.forced or missing + last >= 1 - share - slack  # one fewer would not have done
+
+
+# -- a certificate
+
+
+def honest(shape: tuple[int, int, int], seed: int, width: float, loose: float) -> tuple[Scores, torch.Tensor]:
+    """Scores with true ceilings that lie up to `loose` nats above the truth, and the truth."""
+    g = torch.Generator().manual_seed(seed)
+    true = width * torch.randn(shape, generator=g)
+    estimate = true + loose * (torch.rand(shape, generator=g) - 0.5)
+    return scored(estimate, true + loose * torch.rand(shape, generator=g)), true
+
+
+@given(shapes, st.floats(0.001, 0.5), st.floats(0.1, 20.0), st.floats(0.0, 10.0), st.booleans(), seeds)
+def test_the_true_unread_mass_never_exceeds_the_certificate_nor_epsilon(
+    shape: tuple[int, int, int], epsilon: float, width: float, loose: float, tail: bool, seed: int
+) -> None:
+    scores, true = honest(shape, seed, width, loose)
+    tail_lse = scores_of((*shape[:2], 1), seed + 1, width)[..., 0] if tail else None
+    chosen = Certified.of(epsilon).plan(scores, 1, FORCED, tail_lse, lambda chunks: chosen_lse(true, chunks))
+    assert chosen.unread_mass is not None
+    e = np.exp(true.double().numpy() - true.max().item())
+    total = e.sum(-1) + (0.0 if tail_lse is None else np.exp(tail_lse.double().numpy() - true.max().item()))
+    read = np.take_along_axis(e, chosen.chunks.numpy()[:, None].repeat(shape[1], 1), 2).sum(-1)
+    unread_share = (e.sum(-1) - read) / total
+    assert (unread_share <= chosen.unread_mass.double().numpy() + 1e-12).all()
+    whole = chosen.chunks.shape[1] == shape[2]
+    assert whole or (chosen.unread_mass <= epsilon).all()
+    if whole:
+        assert (chosen.unread_mass == 0).all()
+
+
+def test_a_certificate_costs_less_where_attention_is_sharp_and_bounds_are_tight() -> None:
+    read = []
+    for loose in (0.1, 3.0, 12.0):
+        scores, true = honest((1, 2, 200), 0, 5.0, loose)
+        read.append(Certified.of(0.05).plan(scores, 1, FORCED, None, lambda c, true=true: chosen_lse(true, c)).records)
+    assert read[0] < read[1] < read[2]
+    assert read[0] < 100
+
+
+def test_false_bounds_would_be_seen() -> None:
+    """So the property above can fail."""
+    scores, true = honest((1, 1, 60), 1, 1.0, 0.0)
+    assert scores.ceiling is not None
+    false = scored(scores.lse, scores.ceiling - 3)
+    chosen = Certified.of(0.1).plan(false, 1, FORCED, None, lambda chunks: chosen_lse(true, chunks))
+    assert chosen.unread_mass is not None
+    e = torch.exp(true.double())
+    share = 1 - chosen_lse(true, chosen.chunks).double().exp().sum(-1) / e.sum(-1)
+    assert (share > chosen.unread_mass).any()
 
 
 def test_the_box_score_moves_from_the_centre_to_the_bound_as_beta_grows() -> None:
     g = torch.Generator().manual_seed(0)
     keys = torch.randn(7, 2, 16, 8, generator=g)  # [chunks, heads, tokens, dim]
-    abstract = torch.stack((keys.amin(2), keys.amax(2)), 2)
+    box = torch.stack((keys.amin(2), keys.amax(2)), 2)
     q = torch.randn(2, 3, 8, generator=g)
     selectors = [BoxSelector(beta=beta) for beta in (0.0, 0.5, 1.0)]
-    centre, half, bound = (each.score(q, each.prepare(abstract)) for each in selectors)
+    centre, half, bound = (each.score(q, each.prepare({"box": box.numpy()}, 16, 8), 1).lse for each in selectors)
     atol = 16 * torch.finfo(torch.float32).eps * (q.abs().sum(-1).max() * keys.abs().max()).item()
-    expected = torch.einsum("hgd,chd->hgc", q, (abstract[:, :, 0] + abstract[:, :, 1]) / 2)
+    expected = torch.einsum("hgd,chd->hgc", q, (box[:, :, 0] + box[:, :, 1]) / 2)
     assert torch.allclose(centre, expected, rtol=0, atol=atol)
     assert (centre <= half).all()
     assert (half <= bound).all()

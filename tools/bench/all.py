@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from kvdb.tools.bench import append, cold, commit, decode, gather, mass, quality, reuse, scale, verify
+from kvdb.tools.bench import append, cold, commit, decode, gather, reuse, scale, selection, verify
+from kvdb.tools.bench.setup import RESULTS
+from kvdb.tools.evaluate.command import evaluate
 
 
 def run() -> None:
     """Run them one after the other, so that none disturbs another."""
     reuse.run()
     decode.run()
-    quality.run()
-    mass.run()
+    selection.run()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    evaluate(stats=RESULTS / "eval.json", plot=RESULTS / "eval.svg")
     verify.run()
     append.run()
     commit.run()

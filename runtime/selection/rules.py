@@ -1,0 +1,237 @@
+"""How much to read: stop rules make a plan of a selector's scores.
+
+All of them take the sink and the recent window, then records by estimated attention mass (softmax per query head, summed
+over the group that shares the KV head), best first. They differ in where they stop:
+
+    budget     at a fixed number of records per KV head
+    mass       when the estimated share of attention mass reaches p (top-p): each KV head at its own count
+    certified  when proven bounds leave at most epsilon of the softmax mass unread, for every query head
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvdb.errors import InvalidInput
+from kvdb.runtime.selection.base import Forced, Scores, Selector
+
+DEFAULT_SHARE, DEFAULT_TOKENS = 0.1, 2048
+ROUNDING = 1e-3
+"""What float32 may shift a log-sum-exp that is used in a proof, in nats; far above what was ever seen."""
+
+
+class Plan(NamedTuple):
+    """Records chosen for one layer at one step.
+
+    chunks       (kv_heads, n) int64: chunk ids of the sequence; sink first, then the recent window, then best first
+    counts       (kv_heads,) int64: how many of them each head reads; None: all n
+    forced       the first columns, which no score chose
+    unread_mass  (kv_heads, group) float32: proven bound of the softmax mass that is not read; None: nothing was proven
+    """
+
+    chunks: Tensor
+    counts: Tensor | None
+    forced: int
+    unread_mass: Tensor | None = None
+
+    @property
+    def records(self) -> int:
+        """Records read, all KV heads together."""
+        return self.chunks.numel() if self.counts is None else int(self.counts.sum())
+
+
+Read = Callable[[Tensor], Tensor]
+"""True log-sum-exp of records: chunks (kv_heads, n) -> (kv_heads, group, n); reads them."""
+
+
+class StopRule(ABC):
+    """Contract. Immutable; equal rules choose alike."""
+
+    knows_tail: ClassVar[bool] = True
+    """Whether it wants to know what attention spends on the newest tokens."""
+
+    @property
+    @abstractmethod
+    def fidelity(self) -> str:
+        """Name of the fidelity of KV computed under this rule."""
+
+    @abstractmethod
+    def look_at(self, chunks: int, chunk_tokens: int) -> int:
+        """About how many records per KV head will be read of a history of `chunks`; `chunks` when all will."""
+
+    def score(self, selector: Selector, q: Tensor, resident: tuple[Tensor, ...], take: int) -> Scores:
+        """The selector's scores, with what the rule needs to know."""
+        return selector.score(q, resident, take)
+
+    @abstractmethod
+    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor | None, read: Read) -> Plan:
+        """Choose.
+
+        take      what `look_at` said
+        tail_lse  (kv_heads, group): log-sum-exp over the newest tokens, which are always attended to; None: there are none
+        read      for rules that must know what they read
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Budget(StopRule):
+    """How many tokens of a layer's history each KV head may attend to, sink and recent window included.
+
+    share   of the history, 0 < share <= 1
+    tokens  upper limit, or None
+    """
+
+    knows_tail: ClassVar[bool] = False
+    share: float
+    tokens: int | None
+
+    @classmethod
+    def of(cls, budget: float | int | None) -> Budget:
+        """A float is a share of tokens, an int is tokens, None the default: min(10 %, 2 048 tokens)."""
+        if budget is None:
+            return cls(DEFAULT_SHARE, DEFAULT_TOKENS)
+        if isinstance(budget, bool) or not isinstance(budget, int | float):
+            raise InvalidInput(f"budget: {budget!r}, expected a share such as 0.1 or a number of tokens such as 2048")
+        if isinstance(budget, int):
+            if budget < 1:
+                raise InvalidInput(f"budget: {budget} tokens, expected at least 1 (a share is written 0.1, not 0)")
+            return cls(1.0, budget)
+        if not 0.0 < budget <= 1.0:
+            raise InvalidInput(f"budget: {budget}, expected a share 0 < budget <= 1, or an int number of tokens")
+        return cls(budget, None)
+
+    @property
+    def fidelity(self) -> str:
+        limit = "" if self.tokens is None else f",tokens={self.tokens}"
+        return f"budget={self.share:g}{limit}"
+
+    def look_at(self, chunks: int, chunk_tokens: int) -> int:
+        allowed = int(self.share * chunks)
+        return allowed if self.tokens is None else min(allowed, self.tokens // chunk_tokens)
+
+    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor | None, read: Read) -> Plan:
+        """Never fewer than the forced ones."""
+        heads, _, chunks = scores.lse.shape
+        edges = forced.sink + forced.recent
+        free = max(0, min(take, chunks) - edges)
+        chosen = _edges(heads, chunks, free, forced, scores.lse.device).clone()
+        if free:
+            middle = torch.softmax(scores.lse[..., forced.sink : chunks - forced.recent], -1).sum(
+                1
+            )  # [kv_heads, middle]
+            torch.add(torch.topk(middle, free, sorted=False).indices, forced.sink, out=chosen[:, edges:])
+        return Plan(chosen, None, edges)
+
+
+@dataclass(frozen=True, slots=True)
+class Mass(StopRule):
+    """Top-p: read until the estimated share of attention mass, averaged over the query heads of a KV head, reaches `share`."""
+
+    share: float
+
+    @classmethod
+    def of(cls, mass: float) -> Mass:
+        return cls(_open_unit("mass", mass))
+
+    @property
+    def fidelity(self) -> str:
+        return f"mass={self.share:g}"
+
+    def look_at(self, chunks: int, chunk_tokens: int) -> int:
+        return max(
+            1, chunks // 4
+        )  # more is needed where attention is flat; then what is not looked at closely is near its mean
+
+    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor | None, read: Read) -> Plan:
+        order, edges = _best_first(scores.lse, forced)
+        logits = scores.lse if tail_lse is None else torch.cat((scores.lse, tail_lse[..., None]), -1)
+        shares = torch.softmax(logits, -1)
+        covered = shares[..., -1].mean(1) if tail_lse is not None else shares.new_zeros(shares.shape[0])
+        gained = shares.mean(1).gather(1, order)  # [kv_heads, chunks]
+        reached = covered[:, None] + gained.cumsum(-1)
+        counts = ((reached < self.share).sum(-1) + 1).clamp(edges, order.shape[1])
+        return Plan(order[:, : int(counts.max())], counts, edges)
+
+
+@dataclass(frozen=True, slots=True)
+class Certified(StopRule):
+    """Read until bounds prove that at most `epsilon` of every query head's softmax mass is unread.
+
+    With R the sum of exp(logit) over what is read (exact) and U the sum of upper bounds over what is not, the unread share is
+    at most U / (R + U). Deterministic: it holds for every input, up to `ROUNDING`.
+    """
+
+    epsilon: float
+
+    @classmethod
+    def of(cls, epsilon: float) -> Certified:
+        return cls(_open_unit("certified", epsilon))
+
+    @property
+    def fidelity(self) -> str:
+        return f"certified={self.epsilon:g}"
+
+    def look_at(self, chunks: int, chunk_tokens: int) -> int:
+        return chunks - 1 if chunks > 1 else 1  # every record needs its bound
+
+    def score(self, selector: Selector, q: Tensor, resident: tuple[Tensor, ...], take: int) -> Scores:
+        return selector.score(q, resident, take, ceilings=True)
+
+    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor | None, read: Read) -> Plan:
+        assert scores.ceiling is not None
+        heads, group, chunks = scores.lse.shape
+        order, edges = _best_first(scores.lse, forced)
+        spread = order[:, None].expand(-1, group, -1)
+        ceiling = (scores.ceiling + ROUNDING).gather(2, spread)
+        beyond = _suffix_lse(ceiling)  # [kv_heads, group, chunks + 1]: bound of all from a place on
+        lse = scores.lse.new_empty(heads, group, 0)
+        tail = scores.lse.new_full((heads, group), -math.inf) if tail_lse is None else tail_lse
+        count = edges
+        while True:
+            lse = torch.cat((lse, read(order[:, lse.shape[2] : count])), -1)
+            have = torch.logaddexp(torch.logsumexp(lse, -1), tail) - ROUNDING
+            unread = torch.sigmoid(
+                beyond - have[..., None]
+            )  # were the rest from a place on unread, given what is read now
+            if count == chunks or bool((unread[..., count] <= self.epsilon).all()):
+                return Plan(order[:, :count], None, edges, unread[..., count])
+            needed = int((unread > self.epsilon).any(1).sum(-1).max())  # an upper limit: reading on only adds to R
+            count = min(chunks, max(count + 1, count + (needed - count + 1) // 2))
+
+
+def _open_unit(where: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
+        raise InvalidInput(f"{where}: {value!r}, expected a share between 0 and 1 such as 0.95")
+    return float(value)
+
+
+def _best_first(lse: Tensor, forced: Forced) -> tuple[Tensor, int]:
+    """All chunks per KV head: the forced ones, then by estimated mass; and how many are forced."""
+    chunks = lse.shape[2]
+    edges = min(chunks, forced.sink + forced.recent)
+    mass = torch.softmax(lse, -1).sum(1)
+    mass[:, : forced.sink] = math.inf
+    mass[:, chunks - forced.recent :] = math.inf
+    return torch.sort(mass, dim=-1, descending=True, stable=True).indices, edges
+
+
+def _suffix_lse(values: Tensor) -> Tensor:
+    """log-sum-exp of all values from each place to the end; one place more than values, the last of them -inf."""
+    sums = torch.logcumsumexp(values.flip(-1), -1).flip(-1)
+    return torch.cat((sums, sums.new_full((*sums.shape[:-1], 1), -math.inf)), -1)
+
+
+@lru_cache(maxsize=8)
+def _edges(heads: int, chunks: int, free: int, forced: Forced, device: torch.device) -> Tensor:
+    """A plan with sink and recent window filled in: the same for every layer of a step."""
+    edge = torch.arange(chunks, device=device)
+    parts = [edge[: forced.sink], edge[chunks - forced.recent :], edge.new_zeros(free)]
+    return torch.cat(parts).repeat(heads, 1)

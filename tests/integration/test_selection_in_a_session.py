@@ -1,0 +1,107 @@
+"""Selectors and stop rules inside real sessions over a store: what they read, what they say of it, and what they need stored.
+
+Models are tiny, random and sharpened (see `tiny_models`), with histories of some 1 500 tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import opened
+from tiny_models import greedy, prompt, tiny
+from torch import Tensor
+
+from kvdb import KVDB
+from kvdb.runtime import attach
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+TOKENS = 1500
+RULES: list[dict[str, Any]] = [{"budget": 0.2}, {"mass": 0.9}, {"certified": 0.2}]
+
+
+def logits(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    """Of one step, in float64."""
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids[:, -1:], past_key_values=cache).logits[0, -1].double()
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: next(iter(rule)))
+@pytest.mark.parametrize("selector", ["box", "sketch"])
+def test_every_selector_serves_every_rule(db: KVDB, architecture: str, selector: str, rule: dict[str, Any]) -> None:
+    model, ids = tiny(architecture), prompt(TOKENS)
+    with attach(model, db, selector=selector, **rule) as kv:
+        cache = kv.cache(ids)
+        assert greedy(model, ids, cache, 16).shape == (1, 16)
+        stats = cache.stats()
+        assert 0 < stats["kv_bytes_read_share"] <= 1
+        assert stats["ranges_evaluated"] > 0
+        assert stats["abstract_bytes_read"] > 0
+        if "certified" in rule:
+            assert stats["unread_mass_bound"] <= rule["certified"]
+        else:
+            assert stats["unread_mass_bound"] is None
+        kv.save(cache, name="answered")
+        assert db.sequence("answered").fidelity == kv.rule.fidelity  # type: ignore[union-attr]
+    names = {name for s in db.segments(db.sequence("answered").spans) for name in s.info.abstracts}
+    assert names == {selector}
+
+
+def test_more_mass_and_less_doubt_cost_more_reads(db: KVDB) -> None:
+    model, ids = tiny("llama"), prompt(TOKENS)
+    shares = []
+    for rule in ({"mass": 0.5}, {"mass": 0.9}, {"mass": 0.99}):
+        with attach(model, db, selector="sketch", **rule) as kv:
+            cache = kv.cache(ids)
+            logits(model, cache, ids)
+            shares.append(cache.stats()["kv_bytes_read_share"])
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1] <= 1
+
+
+@pytest.mark.parametrize("selector", ["box", "sketch"])
+def test_a_tight_certificate_gives_the_dense_answer(db: KVDB, selector: str) -> None:
+    """An epsilon of the softmax mass moves a head's output by at most 2 epsilon times the largest value."""
+    model, ids = tiny("llama"), prompt(TOKENS)
+    with attach(model, db, exact=True, selector=selector) as kv:
+        dense = logits(model, kv.cache(ids), ids)
+    with attach(model, db, certified=1e-6, selector=selector) as kv:
+        cache = kv.cache(ids)
+        found = logits(model, cache, ids)
+        assert cache.stats()["unread_mass_bound"] <= 1e-6
+    assert (found - dense).abs().max() <= 1e-4 * dense.abs().max()
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("box", "sketch"), ("sketch", "box")])
+def test_an_abstract_that_is_not_stored_is_made_from_the_keys(tmp_path: Path, stored: str, asked: str) -> None:
+    model, ids = tiny("llama"), prompt(TOKENS)
+    found = []
+    for name, first in (("as asked", asked), ("another", stored)):
+        with opened(tmp_path / name) as db:
+            with attach(model, db, exact=True, selector=first) as kv:
+                kv.cache(ids)
+            with attach(model, db, budget=0.2, selector=asked) as kv:
+                cache = kv.cache(ids)
+                assert cache.metrics.reused_tokens == TOKENS - 1
+                found.append(logits(model, cache, ids))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mass": 0.9, "budget": 0.1}, r"budget=0\.1 and mass=0\.9, expected one of them"),
+        ({"certified": 0.1, "exact": True}, r"certified=0\.1 and exact=True, expected one of them"),
+        ({"mass": 1.0}, r"mass: 1\.0, expected a share between 0 and 1"),
+        ({"certified": 0}, r"certified: 0, expected a share between 0 and 1"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(db: KVDB, wrong: dict[str, Any], message: str) -> None:
+    from kvdb.errors import InvalidInput
+
+    with pytest.raises(InvalidInput, match=message):
+        attach(tiny("llama"), db, **wrong)

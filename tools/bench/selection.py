@@ -1,0 +1,128 @@
+"""What choosing costs: scoring and planning for one decoding step of the whole model, by length and selector.
+
+    python -m kvdb.tools.bench.selection --tokens 8192 --tokens 32768
+
+Keys are real ones, repeated to the length asked for; queries are real as well. All selectors take turns, step by step. The
+cascade looks at every box and at the codes of a few, the flat one at all codes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kvdb.abstracts import ABSTRACTS
+from kvdb.geometry import CHUNK_TOKENS
+from kvdb.runtime.selection import BoxSelector, Budget, Forced, Resident, Selector, SketchSelector
+from kvdb.tools.bench.setup import document_ids, median, real_model, write_result
+
+REAL_TOKENS = 4096
+SELECTORS: dict[str, Selector] = {
+    "box": BoxSelector(),
+    "sketch, cascade": SketchSelector(),
+    "sketch, flat": SketchSelector(margin=math.inf),
+}
+
+
+def run(
+    tokens: Annotated[list[int] | None, typer.Option(help="lengths; 8192, 32768 and 131072 if not given")] = None,
+    budget: Annotated[int, typer.Option(help="tokens per KV head")] = 512,
+    steps: Annotated[int, typer.Option(help="measured steps of each kind")] = 15,
+    threads: Annotated[int, typer.Option(help="torch threads")] = 1,
+) -> None:
+    """Median milliseconds per step, all layers together, and bytes that stay in memory."""
+    torch.set_num_threads(threads)
+    keys, queries = _real()
+    rows = [row for length in tokens or (8192, 32768, 131072) for row in _measure(keys, queries, length, budget, steps)]
+    table = Table(
+        "tokens",
+        "selector",
+        "ms a step",
+        "to box",
+        "resident MiB",
+        "ranges",
+        title=f"selection, budget {budget} tokens",
+    )
+    for r in rows:
+        table.add_row(
+            f"{r['tokens']:,}", r["selector"], f"{r['ms']:.1f}", f"{r['to_box']:.2f}", f"{r['resident_mib']:.1f}", f"{r['ranges']:,}"
+        )  # fmt: skip
+    Console().print(table)
+    write_result("selection", {"budget": budget, "steps": steps, "rows": rows})
+
+
+def _real() -> tuple[list[Tensor], list[Tensor]]:
+    """Per layer: keys (kv_heads, tokens, head_dim), and scaled queries (kv_heads, group, head_dim) of the next token."""
+    loaded = real_model()
+    model: Any = loaded.model
+    ids = document_ids(loaded, REAL_TOKENS + 1)
+    found: list[Tensor] = []
+    hooks = [
+        layer.self_attn.q_proj.register_forward_hook(lambda module, args, out: found.append(out[0, -1].float()))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        past = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        found.clear()
+        model(input_ids=ids[:, -1:], past_key_values=past)
+    for hook in hooks:
+        hook.remove()
+    keys = [layer.keys[0, :, :REAL_TOKENS].float() for layer in past.layers]
+    heads, dim = keys[0].shape[0], keys[0].shape[2]
+    return keys, [(q * dim**-0.5).view(heads, -1, dim) for q in found]
+
+
+def _measure(keys: list[Tensor], queries: list[Tensor], tokens: int, budget: int, steps: int) -> list[dict[str, Any]]:
+    chunks = tokens // CHUNK_TOKENS
+    rule, forced = Budget.of(budget), Forced.of(CHUNK_TOKENS)
+    take = rule.look_at(chunks, CHUNK_TOKENS)
+    resident = {name: [_tiled(selector, k, chunks) for k in keys] for name, selector in SELECTORS.items()}
+    times: dict[str, list[float]] = {name: [] for name in SELECTORS}
+    ranges = dict.fromkeys(SELECTORS, 0)
+    for step in range(steps + 1):
+        for name, selector in SELECTORS.items():
+            started = time.perf_counter()
+            evaluated = 0
+            for q, kept in zip(queries, resident[name], strict=True):
+                scores = selector.score(q, kept, take)
+                rule.plan(scores, take, forced, None, _unread)
+                evaluated += scores.evaluated
+            if step:  # the first one compiles and warms up
+                times[name].append(time.perf_counter() - started)
+            ranges[name] = evaluated
+    return [
+        {
+            "tokens": tokens, "selector": name, "ms": 1e3 * median(times[name]),
+            "to_box": median([a / b for a, b in zip(times[name], times["box"], strict=True)]), "ranges": ranges[name],
+            "resident_mib": sum(t.nbytes for kept in resident[name] for t in kept) / 2**20,
+        }
+        for name in SELECTORS
+    ]  # fmt: skip
+
+
+def _tiled(selector: Selector, keys: Tensor, chunks: int) -> Resident:
+    heads, tokens, dim = keys.shape
+    stored = {}
+    for name, planes in selector.abstracts.items():
+        kind = ABSTRACTS[name]
+        by_chunk = keys.view(heads, tokens // CHUNK_TOKENS, CHUNK_TOKENS, dim).numpy()
+        stored[name] = kind.load(kind.build(by_chunk, tokens, "float32")[:planes], dim, "float32")
+    once = selector.prepare(stored, CHUNK_TOKENS, dim)
+    times = -(-chunks // (tokens // CHUNK_TOKENS))
+    many = selector.join([once] * times)
+    return tuple(t.narrow(axis, 0, chunks).contiguous() for t, axis in zip(many, selector.chunk_axes, strict=True))
+
+
+def _unread(chunks: Tensor) -> Tensor:
+    raise AssertionError("a budget reads nothing to make its plan")
+
+
+if __name__ == "__main__":
+    typer.run(run)

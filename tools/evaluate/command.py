@@ -1,0 +1,93 @@
+"""`kvdb eval`: checks what was asked before a model is loaded, judges, and shows the result.
+
+torch and transformers are imported inside: `kvdb ls` must not wait for them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kvdb.errors import InvalidInput
+from kvdb.tools.ask import load, parse_budget, read_document
+from kvdb.tools.output import print_json, stderr_console, stdout_console
+from kvdb.tools.progress import steps_bar
+
+if TYPE_CHECKING:
+    from kvdb.runtime.selection import StopRule
+
+DEFAULT_TOKENS: Final = 4000
+DEFAULT_BUDGETS: Final = ("0.05", "0.1", "0.2")
+
+
+def evaluate(
+    *,
+    model: str = "smollm2",
+    tokens: list[int] | None = None,
+    selectors: list[str] | None = None,
+    budgets: list[str] | None = None,
+    masses: list[float] | None = None,
+    certified: list[float] | None = None,
+    positions: int = 256,
+    texts: list[str] | None = None,
+    needles: int = 1,
+    seed: int = 0,
+    layers: bool = False,
+    threads: int | None = None,
+    stats: Path | None = None,
+    plot: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """See `kvdb eval --help`. None or nothing in a list: its default; budgets: only where no other rule is given."""
+    budgets = budgets or ([] if masses or certified else [*DEFAULT_BUDGETS])
+    limits = [parse_budget(budget) for budget in budgets]
+    for option, file in (("--stats", stats), ("--plot", plot)):
+        if file is not None and not file.parent.is_dir():
+            raise InvalidInput(f"{option} {file}: no folder {file.parent}, expected an existing one")
+    console = stderr_console()
+    with console.status("loading torch and transformers"):
+        import msgspec
+
+        from kvdb.runtime.selection import Budget, Certified, Mass
+        from kvdb.tools.bench.setup import machine
+        from kvdb.tools.evaluate.judge import Trial, judge
+        from kvdb.tools.evaluate.plot import svg
+        from kvdb.tools.evaluate.report import layers_table, table
+        from kvdb.tools.evaluate.selectors import JUDGED, parse_selector
+        from kvdb.tools.evaluate.texts import TEXTS
+
+    rules: list[StopRule] = [
+        *(Budget.of(limit) for limit in limits),
+        *(Mass.of(mass) for mass in masses or ()),
+        *(Certified.of(epsilon) for epsilon in certified or ()),
+    ]
+    for text in texts or ():
+        if text not in TEXTS:
+            read_document(text)
+    trial = Trial(
+        tokens=tokens or [DEFAULT_TOKENS],
+        positions=positions,
+        selectors={name: parse_selector(name) for name in selectors or JUDGED},
+        rules=rules,
+        texts=texts or list(TEXTS),
+        needles=needles,
+        seed=seed,
+    )
+    loaded = load(model, console, threads)
+    trial.check(loaded.model)
+    with steps_bar(console, total=trial.steps) as progress:
+        report = judge(loaded, trial, progress)
+    result: dict[str, Any] = {"machine": machine(), **msgspec.to_builtins(report)}
+    if stats is not None:
+        stats.write_text(json.dumps(result, indent=1) + "\n")
+    if plot is not None:
+        plot.write_text(svg(report))
+    if as_json:
+        print_json(result)
+        return
+    shown = stdout_console()
+    shown.print(table(report))
+    for row in report.rows if layers else ():
+        shown.print(f"{row.selector} {row.rule} at {row.tokens:,} tokens", style="italic")
+        shown.print(layers_table(row))

@@ -1,0 +1,190 @@
+"""The job: every configuration on every text, then every needle; each text is prefilled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvdb.errors import InvalidInput
+from kvdb.geometry import CHUNK_TOKENS
+from kvdb.runtime.selection import DENSE_BELOW, Selector, StopRule
+from kvdb.tools.evaluate.forward import Cost, Outcome, Selecting, forward
+from kvdb.tools.evaluate.greedy import Feed, agreeing, greedy
+from kvdb.tools.evaluate.measure import distance
+from kvdb.tools.evaluate.needles import ANSWER_TOKENS, DEPTHS, Needle, needle
+from kvdb.tools.evaluate.past import Past
+from kvdb.tools.evaluate.report import Answered, LayerCost, Quality, Report, Row
+from kvdb.tools.evaluate.texts import text_ids
+from kvdb.tools.models import LoadedModel
+
+GREEDY_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What to judge.
+
+    raises     InvalidInput for lengths of which nobody selects
+    tokens     lengths of texts; the last `positions` tokens of each are predicted, those before them are selected from
+    selectors  by label
+    texts      names in `TEXTS`, or files
+    needles    per depth and length
+    """
+
+    tokens: list[int]
+    positions: int
+    selectors: dict[str, Selector]
+    rules: list[StopRule]
+    texts: list[str]
+    needles: int
+    seed: int
+    chunk_tokens: int = CHUNK_TOKENS
+
+    def __post_init__(self) -> None:
+        for tokens in self.tokens:
+            if tokens - self.positions < DENSE_BELOW:
+                raise InvalidInput(
+                    f"--tokens {tokens}, --positions {self.positions}: {tokens - self.positions} tokens to select from, expected at "
+                    f"least {DENSE_BELOW}; shorter histories are attended to densely"
+                )
+
+    def check(self, model: Any) -> None:
+        """raises  InvalidInput for lengths that the model cannot take"""
+        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for tokens in self.tokens:
+            if context is not None and tokens > context:
+                raise InvalidInput(f"--tokens {tokens}: expected at most {context}, the model's context")
+
+    @property
+    def steps(self) -> int:
+        """How often `judge` reports progress."""
+        configurations = len(self.selectors) * len(self.rules)
+        return len(self.tokens) * (len(self.texts) + self.needles * len(DEPTHS)) * (1 + configurations)
+
+
+Progress = Callable[[str], None]
+_Place = tuple[int, str, StopRule]
+
+
+@dataclass(slots=True)
+class _Found:
+    texts: list[Quality] = field(default_factory=list)
+    needles: list[Answered] = field(default_factory=list)
+
+
+def judge(loaded: LoadedModel, trial: Trial, progress: Progress) -> Report:
+    """Deterministic: the same trial, model and packages give the same report, up to float rounding of the machine.
+
+    progress  called with a line of text before each step
+    raises    InvalidInput for texts that are too short; Unsupported for models and for rules that a selector cannot serve
+    """
+    trial.check(loaded.model)
+    found = {
+        (tokens, label, rule): _Found() for tokens in trial.tokens for label in trial.selectors for rule in trial.rules
+    }
+    for tokens in trial.tokens:
+        for name in trial.texts:
+            _judge_text(loaded, trial, tokens, name, found, progress)
+        for seed in range(trial.seed, trial.seed + trial.needles):
+            for depth in DEPTHS:
+                name = trial.texts[seed % len(trial.texts)]
+                asked = needle(loaded.tokenizer, name, tokens, depth, seed=seed)
+                _judge_needle(loaded, trial, tokens, asked, found, progress)
+    return Report(
+        model=loaded.name,
+        seed=trial.seed,
+        positions=trial.positions,
+        greedy_tokens=min(GREEDY_TOKENS, trial.positions),
+        needles_asked=trial.needles * len(DEPTHS),
+        rows=[
+            Row(tokens=tokens, selector=label, rule=rule.fidelity, texts=each.texts, needles=each.needles)
+            for (tokens, label, rule), each in found.items()
+        ],
+    )
+
+
+def _judge_text(
+    loaded: LoadedModel, trial: Trial, tokens: int, name: str, found: dict[_Place, _Found], progress: Progress
+) -> None:
+    model, where = loaded.model, f"{name}, {tokens:,} tokens"
+    progress(f"{where}: dense")
+    ids = text_ids(loaded.tokenizer, name, tokens + 1, seed=trial.seed)
+    start = tokens - trial.positions
+    past, fed, targets = Past.of(model, ids[:start], trial.chunk_tokens), ids[start:-1], ids[start + 1 :]
+    dense = forward(model, past, fed, None).logits
+    said = _dense_greedy(model, past, ids[start], min(GREEDY_TOKENS, trial.positions))
+    for label, selector in trial.selectors.items():
+        resident = past.resident(selector)
+        for rule in trial.rules:
+            progress(f"{where}: {label} {rule.fidelity}")
+            selecting = Selecting(selector, resident, rule)
+            outcome = forward(model, past, fed, selecting)
+            along = forward(model, past, [ids[start], *said[:-1]], selecting).logits
+            away = distance(dense, outcome.logits, targets)
+            quality = Quality(
+                text=name,
+                kl=away.kl,
+                top1=away.top1,
+                perplexity_ratio=away.perplexity,
+                same_greedy=agreeing(said, along.argmax(-1).tolist()),
+                abstract_bytes_resident=sum(tensor.nbytes for parts in resident.values() for tensor in parts),
+                **_costs(past, outcome, len(fed)),
+            )
+            found[tokens, label, rule].texts.append(quality)
+
+
+def _costs(past: Past, outcome: Outcome, positions: int) -> dict[str, Any]:
+    """Per position, of all selecting layers together and of each."""
+    records, record_bytes, costs = past.records, past.record_bytes, outcome.costs
+
+    def mean(of: Callable[[Cost], float]) -> float:
+        return sum(of(cost) for cost in costs.values()) / positions
+
+    kv_bytes = sum(record_bytes[layer] * cost.records for layer, cost in costs.items()) / positions
+    return {
+        "mass": mean(lambda c: c.mass) / len(costs),
+        "mass_estimated": sum(cost.estimate / cost.estimates for cost in costs.values()) / len(costs),
+        "kv_share": kv_bytes / sum(record_bytes[layer] * count for layer, count in records.items()),
+        "kv_bytes": kv_bytes,
+        "abstract_bytes": mean(lambda c: c.abstract_bytes),
+        "evaluated": mean(lambda c: c.evaluated),
+        "layers": [
+            LayerCost(layer=layer, mass=cost.mass / positions, kv_share=cost.records / positions / records[layer])
+            for layer, cost in costs.items()
+        ],
+    }
+
+
+def _judge_needle(
+    loaded: LoadedModel, trial: Trial, tokens: int, asked: Needle, found: dict[_Place, _Found], progress: Progress
+) -> None:
+    model, where = loaded.model, f"needle at {asked.depth:.0%} of {asked.text}, {tokens:,} tokens"
+    progress(f"{where}: dense")
+    past, last = Past.of(model, asked.ids[:-1], trial.chunk_tokens), asked.ids[-1]
+    said = _dense_greedy(model, past, last, ANSWER_TOKENS)
+    counts = asked.key in str(loaded.tokenizer.decode(said))
+    for label, selector in trial.selectors.items():
+        resident = past.resident(selector) if counts else {}
+        for rule in trial.rules:
+            progress(f"{where}: {label} {rule.fidelity}" if counts else f"{where}: dense attention does not find it")
+            if not counts:
+                continue
+            selecting = Selecting(selector, resident, rule)
+            answer = greedy(_feed(model, past, selecting), last, ANSWER_TOKENS, said)
+            text = str(loaded.tokenizer.decode(answer))
+            answered = Answered(text=asked.text, depth=asked.depth, answer=text, found=asked.key in text)
+            found[tokens, label, rule].needles.append(answered)
+
+
+def _feed(model: Any, past: Past, selecting: Selecting) -> Feed:
+    return lambda ids: forward(model, past, ids, selecting).logits
+
+
+def _dense_greedy(model: Any, past: Past, first: int, tokens: int) -> list[int]:
+    """What dense attention says after `first`, a token at a time."""
+    cache, said = past.begun(), [first]
+    for _ in range(tokens):
+        logits = forward(model, past, said[-1:], None, cache).logits
+        said.append(int(logits[-1].argmax()))
+    return said[1:]
