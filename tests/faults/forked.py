@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from helpers import finish, python
 
-PATIENCE_S = 10
+PATIENCE_S = 30
 MEMORY_BYTES = 512 << 20
 """More address space than the child has when it begins."""
 
