@@ -42,7 +42,7 @@ class SketchSelector(Selector):
     chunk_axes: ClassVar[tuple[int, ...]] = (1, 1, 1)
     bits: int = 2
     beta: float = 0.5
-    margin: float = 4.0
+    margin: float = 3.0
 
     @property
     def abstracts(self) -> dict[str, int | None]:
