@@ -23,7 +23,7 @@ from torch import Tensor
 from kvdb.abstracts.sketch import corners
 from kvdb.geometry import div_ceil
 from kvdb.runtime.selection.base import Array, Resident, Scores, Selector
-from kvdb.runtime.selection.sketch_kernel import kernel
+from kvdb.runtime.selection.sketch_kernel import kernels
 
 _SURE: Final = 1e4
 """A logit above any real one: for records of which the sketch knows nothing."""
@@ -42,7 +42,7 @@ class SketchSelector(Selector):
     chunk_axes: ClassVar[tuple[int, ...]] = (1, 1, 1)
     bits: int = 2
     beta: float = 0.5
-    margin: float = 4.0
+    margin: float = 3.0
 
     @property
     def abstracts(self) -> dict[str, int | None]:
@@ -74,8 +74,7 @@ class SketchSelector(Selector):
             return Scores(lse, ceiling, heads * chunks, sum(t.nbytes for t in resident))
         shrunk = self.beta * q.abs()
         corners = torch.cat((q - shrunk, q + shrunk), -1) / 2  # times lo and hi: q.centre + beta |q|.radius
-        coarse = torch.bmm(corners, boxes.float().transpose(1, 2)) * scales[:, None]
-        coarse = coarse.masked_fill(unknown, _SURE)
+        coarse = self._rank(corners, boxes, scales).masked_fill(unknown, _SURE)
         best = torch.topk(torch.softmax(coarse, -1).sum(1), close, sorted=False).indices  # [kv_heads, close]
         index = best[:, None].expand(-1, q.shape[1], -1)
         lse = self._look(q, resident, best).masked_fill(unknown.expand_as(coarse).gather(2, index), _SURE)
@@ -83,6 +82,14 @@ class SketchSelector(Selector):
         shift = (lse.gather(2, weakest) - coarse.gather(2, index).gather(2, weakest)).mean(-1, keepdim=True)
         read = boxes.nbytes + scales.nbytes + best.numel() * codes[0, 0].nbytes
         return Scores((coarse + shift).scatter(2, index, lse), None, heads * (chunks + close), read)
+
+    def _rank(self, corners: Tensor, boxes: Tensor, scales: Tensor) -> Tensor:
+        """Scores of all boxes, (kv_heads, group, chunks)."""
+        if corners.device.type == "cpu" and (compiled := kernels()) is not None:
+            out = corners.new_empty(*corners.shape[:2], boxes.shape[1])
+            compiled.rank(*(t.numpy() for t in (corners, boxes, scales, out)))
+            return out
+        return torch.bmm(corners, boxes.float().transpose(1, 2)) * scales[:, None]
 
     def _look(self, q: Tensor, resident: Resident, rows: Tensor) -> Tensor:
         """Log-sum-exp of records by the centres of their keys' cells; anything where a record is unknown.
@@ -92,10 +99,10 @@ class SketchSelector(Selector):
         """
         boxes, scales, codes = resident
         heads, n, dim = *rows.shape, q.shape[2]
-        if q.device.type == "cpu" and dim % 8 == 0 and (score := kernel()) is not None:
+        if q.device.type == "cpu" and dim % 8 == 0 and (compiled := kernels()) is not None:
             out = q.new_empty(heads, q.shape[1], n)
             arrays = (q.contiguous(), boxes, scales, codes, rows.contiguous(), _places(self.bits), out)
-            score(*(t.numpy() for t in arrays))
+            compiled.score(*(t.numpy() for t in arrays))
             return out
         flat = (rows + boxes.shape[1] * torch.arange(heads, device=rows.device)[:, None]).ravel()
         near = [t.flatten(0, 1).index_select(0, flat).unflatten(0, (heads, n)) for t in resident]

@@ -1,4 +1,4 @@
-"""The inner loop of sketch scoring, compiled: log-sum-exp of chosen records straight from their packed codes.
+"""The inner loops of sketch scoring, compiled: straight from 8-bit boxes and packed codes.
 
 With NumPy or torch every key element passes through memory several times; here a record's keys live in registers. Used where
 the package numba is installed (extra `fast`), on CPU; 7 times as fast as the same in torch.
@@ -8,31 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
-Kernel = Callable[[Array, Array, Array, Array, Array, Array, Array], None]
+
+class Kernels(NamedTuple):
+    """Compiled at their first call, once for a machine. Arrays are C-contiguous; q (kv_heads, group, head_dim) float32.
+
+    rank(corners, boxes, scales, out)                   corners (kv_heads, group, 2 * head_dim) float32, the weights of lo and hi;
+                                                        out (kv_heads, group, chunks) float32
+    score(q, boxes, scales, codes, rows, places, out)   rows (kv_heads, n) int64, the records to score; places (bits, 256, 8)
+                                                        float32, what a byte of each plane adds to the places of its eight key
+                                                        elements; out (kv_heads, group, n) float32. head_dim is a multiple of 8
+    boxes, scales and codes are what `SketchSelector.prepare` makes; `out` is overwritten.
+    """
+
+    rank: Callable[..., None]
+    score: Callable[..., None]
 
 
 @cache
-def kernel() -> Kernel | None:
-    """score(q, boxes, scales, codes, rows, places, out), or None without numba; compiled at the first call, once for a machine.
-
-    q                      (kv_heads, group, head_dim) float32
-    boxes, scales, codes   what `SketchSelector.prepare` makes
-    rows                   (kv_heads, n) int64: the records to score
-    places                 (bits, 256, 8) float32: what a byte of each plane adds to the places of its eight key elements
-    out                    (kv_heads, group, n) float32, overwritten
-    head_dim and chunk_tokens * head_dim are multiples of 8
-    """
+def kernels() -> Kernels | None:
+    """None without numba."""
     try:
         import numba
     except ImportError:
         return None
-    compiled: Kernel = numba.njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)(_score)
-    return compiled
+    compiled = numba.njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
+    return Kernels(compiled(_rank), compiled(_score))
+
+
+def _rank(corners: Any, boxes: Any, scales: Any, out: Any) -> None:
+    heads, group, values = corners.shape
+    for head in range(heads):
+        for row in range(boxes.shape[1]):
+            box = boxes[head, row]
+            for g in range(group):
+                total = np.float32(0)
+                for d in range(values):
+                    total += corners[head, g, d] * np.float32(box[d])
+                out[head, g, row] = total * scales[head, row]
 
 
 def _score(q: Any, boxes: Any, scales: Any, codes: Any, rows: Any, places: Any, out: Any) -> None:
