@@ -22,7 +22,7 @@ from typing import Final
 import lmdb
 
 from kvdb import files
-from kvdb.errors import Damaged, StorageFull, StoreError, StoreLocked
+from kvdb.errors import Damaged, OutOfMemory, StorageFull, StoreError, StoreLocked
 from kvdb.lmdb_pages import META_BYTES, check_pages, transaction_id, used_bytes
 
 TABLES: Final = (
@@ -112,21 +112,24 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except (lmdb.MapFullError, lmdb.DiskError) as e:
-        raise StorageFull(f"{path}: {e}, expected room for the catalog; nothing was committed, free space") from e
+        raise StorageFull(_said(path, e, "room for the catalog; nothing was committed, free space")) from e
     except (
         lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PageNotFoundError, lmdb.CursorFullError,
         lmdb.IncompatibleError, lmdb.BadTxnError, lmdb.BadValsizeError, lmdb.TxnFullError,
     ) as e:  # fmt: skip
-        raise Damaged(f"{path}: {e}, expected a readable catalog; run 'kvdb verify'") from e
+        raise Damaged(_said(path, e, "a readable catalog; run 'kvdb verify'")) from e
     except lmdb.MemoryError as e:
-        raise StoreError(f"{path}: {e}, expected memory for the catalog; free memory and try again") from e
+        raise OutOfMemory(_said(path, e, "memory to map the catalog; free memory and try again")) from e
     except lmdb.Error as e:
         full = any(reason in str(e) for reason in ("No space left", "File too large", "quota"))
         if full or files.free_bytes(path) < _NEARLY_FULL:  # LMDB calls a short write an input/output error
-            raise StorageFull(f"{path}: {e}, expected room for the catalog; nothing was committed, free space") from e
-        raise StoreError(
-            f"{path}: {e}, expected a usable catalog; see whether the disk is well and open it again"
-        ) from e
+            raise StorageFull(_said(path, e, "room for the catalog; nothing was committed, free space")) from e
+        raise StoreError(_said(path, e, "a usable catalog; see whether the disk is well and open it again")) from e
+
+
+def _said(path: Path, error: lmdb.Error, expected: str) -> str:
+    """LMDB names the path itself in some of its messages."""
+    return f"{path}: {str(error).removeprefix(f'{path}: ')}, expected {expected}"
 
 
 class Environment:

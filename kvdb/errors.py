@@ -10,7 +10,8 @@
     │   ├── OlderFormat                  written by an earlier version: open it once for writing, which upgrades it
     │   ├── PrefixDeleted                what a cache continues was deleted meanwhile: make the cache again
     │   ├── ReadOnly                     a write was asked of a store opened with mode "r"
-    │   └── StoreLocked (TimeoutError)   another process holds the lock
+    │   ├── StoreLocked (TimeoutError)   another process holds the lock
+    │   └── OutOfMemory (MemoryError)    the catalog cannot be mapped: no sign of damage, free memory and try again
     ├── StorageFull (OSError)            disk or quota is full: nothing was committed, earlier data is intact
     ├── Damaged                          bytes on disk are not what was written: verify, then recompute
     ├── SequenceNotFound (KeyError)
@@ -72,6 +73,10 @@ class ReadOnly(StoreError):
 class StoreLocked(StoreError, TimeoutError):
     kind = "locked"
     __str__ = Exception.__str__
+
+
+class OutOfMemory(StoreError, MemoryError):
+    kind = "out-of-memory"
 
 
 class StorageFull(KVDBError, OSError):

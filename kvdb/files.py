@@ -192,15 +192,35 @@ def make_private(folder: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """A new private file with the bytes of another, on disk when this returns."""
+    """A new private file with the bytes of another, on disk when this returns; holes stay holes. What fails leaves nothing."""
     fd, copy = open_read(source), open_excl(target)
     try:
-        for offset in range(0, file_size(fd), 1 << 20):
-            write_all(copy, pread(fd, 1 << 20, offset), offset, target)
+        for start, stop in _data_ranges(fd):
+            for offset in range(start, stop, 1 << 20):
+                write_all(copy, pread(fd, min(1 << 20, stop - offset), offset), offset, target)
+        truncate(copy, file_size(fd), target)
         fsync(copy, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unlink(target)
+        raise
     finally:
         close(fd)
         close(copy)
+
+
+def _data_ranges(fd: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of what is no hole in a file, in bytes."""
+    stop = 0
+    while True:
+        try:
+            start = os.lseek(fd, stop, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno == errno.ENXIO:  # no data from there on
+                return
+            raise
+        stop = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, stop
 
 
 def make_parents(path: Path) -> None:

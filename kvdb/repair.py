@@ -25,7 +25,7 @@ from kvdb.catalog import Catalog
 from kvdb.check import check_files, check_store
 from kvdb.entries import Limits, SegmentEntry, Sequence, sequence_key
 from kvdb.environment import DATA
-from kvdb.errors import Damaged, KVDBError, NotAStore, OlderFormat, Problem
+from kvdb.errors import Damaged, KVDBError, NotAStore, OlderFormat, OutOfMemory, Problem, StorageFull
 from kvdb.format import FORMAT_VERSION, KVAttributes, SegmentInfo
 from kvdb.identity import EXACT, Identity
 from kvdb.prefix import Tokens
@@ -55,7 +55,8 @@ def repair(path: Path, *, apply: bool = False, rebuild: bool = False) -> Repair:
 
     apply    do it; otherwise only say what would be done
     rebuild  make the catalog anew from the segments whatever state it is in
-    raises   NotAStore, NewerFormat; StoreLocked when a rebuild is needed and the store is open elsewhere
+    raises   NotAStore, NewerFormat; StoreLocked when a rebuild is needed and the store is open elsewhere; OutOfMemory and
+             StorageFull, which are no reason to rebuild
     """
     path = at(path)
     report = Repair(applied=apply, problems=[], actions=[])
@@ -126,6 +127,8 @@ def _problems(path: Path, *, writing: bool) -> list[Problem]:
     try:
         with contextlib.closing(_catalog(path, readonly=not writing)) as catalog:
             return list(check_store(path, catalog))
+    except (OutOfMemory, StorageFull):  # the machine's state, not the catalog's: nothing is rebuilt for it
+        raise
     except KVDBError as e:
         return [Problem("catalog", "catalog", str(e))]
 

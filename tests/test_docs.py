@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    example = README.split("## In Python\n", 1)[1].split("\n\n`model` is", 1)[0]
+    example = README.split("## In Python\n", 1)[1].split("\n\nHow much attention reads", 1)[0]
     model, input_ids = tiny(), prompt(1500)
     known = {"model": model, "input_ids": input_ids}
     exec(compile(textwrap.dedent(example), "README.md", "exec"), known)

@@ -14,7 +14,16 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
-from kvdb.errors import Damaged, KVDBError, PrefixDeleted, Problem, StorageFull, StoreError, StoreLocked
+from kvdb.errors import (
+    Damaged,
+    KVDBError,
+    OutOfMemory,
+    PrefixDeleted,
+    Problem,
+    StorageFull,
+    StoreError,
+    StoreLocked,
+)
 
 PROBLEM: Final = 1
 BAD_INPUT: Final = 2
@@ -87,7 +96,10 @@ def _described(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", message or "stopped before anything was changed", INTERRUPTED
     if isinstance(error, KVDBError):
-        found = isinstance(error, Damaged | StorageFull | StoreLocked | PrefixDeleted) or type(error) is StoreError
+        found = (
+            isinstance(error, Damaged | StorageFull | StoreLocked | OutOfMemory | PrefixDeleted)
+            or type(error) is StoreError
+        )
         return error.kind, message, PROBLEM if found else BAD_INPUT
     if isinstance(error, OSError):
         where = visible(str(error.filename)) if error.filename is not None else ""

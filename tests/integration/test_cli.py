@@ -608,12 +608,13 @@ def test_ctrl_c_says_what_is_left_and_leaves_a_whole_store(
 def test_every_help_has_an_example() -> None:
     names = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
     assert names == [
-        "ask", "cap", "compact", "evict", "export", "gc", "import", "info", "ls", "pin", "repair", "rm", "unpin", "verify",
+        "ask", "cap", "compact", "eval", "evict", "export", "gc", "import", "info", "ls", "pin", "repair", "rm", "unpin", "verify",
     ]  # fmt: skip
     for command in ([], *([name] for name in names)):
         code, out, _ = here(*command, "--help")
         assert code == 0
-        assert f"Example: kvdb {' '.join(command) or 'ask'} notes.kvdb" in out
+        subject = "--selector box" if command == ["eval"] else "notes.kvdb"
+        assert f"Example: kvdb {' '.join(command) or 'ask'} {subject}" in out
 
 
 def test_the_version_is_printed() -> None:

@@ -627,7 +627,7 @@ def expiry_never_comes(m: pytest.MonkeyPatch) -> None:
 
 
 def the_cap_is_not_enforced(m: pytest.MonkeyPatch) -> None:
-    m.setattr(Space, "enforce", lambda self, keep=None: None)
+    m.setattr(Space, "enforce", lambda self, keep=None: [])
 
 
 def compaction_loses_the_last_chunk(m: pytest.MonkeyPatch) -> None:

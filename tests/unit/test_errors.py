@@ -15,6 +15,7 @@ BUILTINS = {
     "Unsupported": ValueError,
     "StoreNotFound": FileNotFoundError,
     "StoreLocked": TimeoutError,
+    "OutOfMemory": MemoryError,
     "StorageFull": OSError,
     "SequenceNotFound": KeyError,
 }
@@ -50,6 +51,7 @@ def test_kinds_are_unique_and_stable() -> None:
         "PrefixDeleted": "prefix-deleted",
         "ReadOnly": "read-only",
         "StoreLocked": "locked",
+        "OutOfMemory": "out-of-memory",
         "StorageFull": "storage-full",
         "Damaged": "damaged",
         "SequenceNotFound": "sequence-not-found",

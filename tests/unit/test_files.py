@@ -176,6 +176,39 @@ def test_a_hole_costs_nothing_unless_it_is_reserved(tmp_path: Path) -> None:
     assert files.tree_bytes(path.parent, reserved=True) >= 64 << 20
 
 
+def test_a_copy_has_the_same_bytes_and_the_same_holes(tmp_path: Path) -> None:
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    with source.open("wb") as f:
+        f.write(b"beginning")
+        f.seek(5 << 20)
+        f.write(b"middle")
+        f.truncate(1 << 40)
+    files.copy_file(source, copy)
+    assert copy.stat().st_size == 1 << 40
+    assert copy.stat().st_blocks <= source.stat().st_blocks
+    with source.open("rb") as f, copy.open("rb") as g:
+        assert f.read(6 << 20) == g.read(6 << 20)
+
+
+@pytest.mark.parametrize("data", [b"", b"x", bytes(3 << 20) + b"y"])
+def test_a_copy_is_the_file(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "source").write_bytes(data)
+    files.copy_file(tmp_path / "source", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_a_copy_that_fails_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 100)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageFull, match="copy"):
+        files.copy_file(tmp_path / "source", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_a_second_name_never_replaces_a_first(tmp_path: Path) -> None:
     for name in ("one", "two"):
         files.write_new(tmp_path / name, name.encode())

@@ -25,7 +25,7 @@ from helpers import (
 
 from kvdb import KVDB
 from kvdb.environment import TABLES
-from kvdb.errors import Damaged, NewerFormat, NotAStore, StoreLocked
+from kvdb.errors import Damaged, KVDBError, NewerFormat, NotAStore, OutOfMemory, StorageFull, StoreLocked
 from kvdb.format import SegmentInfo
 from kvdb.repair import repair
 from kvdb.segments import layout
@@ -337,3 +337,32 @@ def test_repair_refuses_what_it_does_not_know(tmp_path: Path, case: Case) -> Non
     with pytest.raises(NewerFormat):
         repair(case.root, apply=True, rebuild=True)
     assert contents(case.root) == before
+
+
+@pytest.mark.parametrize(("reason", "error"), [(lmdb.MemoryError, OutOfMemory), (lmdb.MapFullError, StorageFull)])
+def test_a_machine_that_is_short_of_something_is_no_reason_to_rebuild(
+    case: Case, monkeypatch: pytest.MonkeyPatch, reason: type[lmdb.Error], error: type[KVDBError]
+) -> None:
+    before = tree_bytes(case.root)
+
+    def refused(path: str, *_: object, **__: object) -> None:
+        raise reason(f"{path}: Cannot allocate memory")
+
+    monkeypatch.setattr(lmdb, "open", refused)
+    with pytest.raises(error, match=f"^{case.root}/catalog: Cannot allocate memory, expected"):
+        repair(case.root, apply=True)
+    monkeypatch.undo()
+    assert tree_bytes(case.root) == before
+    with opened(case.root) as db:
+        assert_healthy(db)
+
+
+def test_a_giant_damaged_catalog_is_kept_aside_without_filling_the_disk(case: Case) -> None:
+    data = case.root / "catalog" / "data.mdb"
+    os.truncate(data, 1 << 40)
+    with data.open("r+b") as f:
+        f.write(b"\xff" * 64)
+    assert repair(case.root, apply=True).remaining == []
+    (aside,) = case.root.glob("quarantine/*/data.mdb")
+    assert aside.stat().st_size == 1 << 40
+    assert aside.stat().st_blocks * 512 < 1 << 30
