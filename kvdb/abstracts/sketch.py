@@ -14,6 +14,7 @@ source: LeoAM, arXiv 2506.20187 (boxes); KIVI, arXiv 2402.02750 (keys by channel
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
@@ -35,8 +36,9 @@ _CELLS: Final = np.float32(16 * (1 - 2.0**-21))
 
 class Sketch(Abstract):
     """Five planes. Per record, plane 0 is lo (head_dim int8), hi (head_dim int8), scale (float32, little-endian); plane
-    1 + i is bit 3 - i of every cell number, token after token, the first in the lowest bit. The rest of a row is zeros, and
-    so are the bits of padding. Each key element k lies in its cell to within rounding:
+    1 + i is bit 3 - i of every cell number: eight tokens after eight tokens, a byte per element of the head dimension, the
+    first token in the lowest bit. So a scorer takes eight tokens apart with shifts of whole vectors. The rest of a row is
+    zeros, and so are the bits of padding. Each key element k lies in its cell to within rounding:
 
         lo * scale + width * (u / 16 - 2^-20) <= k <= lo * scale + width * ((u + 1) / 16 + 2^-20),  width = (hi - lo) * scale
     """
@@ -45,7 +47,7 @@ class Sketch(Abstract):
     planes: ClassVar[int] = 1 + BITS
 
     def row_bytes(self, chunk_tokens: int, head_dim: int, itemsize: int) -> int:
-        return max(2 * head_dim + 4, div_ceil(chunk_tokens * head_dim, 8))
+        return max(2 * head_dim + 4, div_ceil(chunk_tokens, 8) * head_dim)
 
     def form(self, chunks: int, geometry: Geometry, group: int) -> Form:
         g = geometry.groups[group]
@@ -92,19 +94,36 @@ def _summarise(keys: Array, tokens: int, stored: Array) -> None:
     width = (steps[0] + steps[1]) * -scale
     ordered -= lo
     ordered *= _CELLS / np.maximum(width, scale)  # where the width is 0, so is every key less lo
-    cells = np.empty((chunks, heads, chunk_tokens, dim), np.uint8)
-    np.copyto(cells.transpose(2, 0, 1, 3), ordered, casting="unsafe")  # towards zero: the floor
+    row, eights = chunks * heads * dim, div_ceil(chunk_tokens, 8)
+    cells = np.zeros((eights * 8, div_ceil(row, 8) * 8), np.uint8)
+    np.copyto(
+        cells[:chunk_tokens, :row], ordered.reshape(chunk_tokens, row), casting="unsafe"
+    )  # towards zero: the floor
     if rest:
-        cells[-1, :, rest:] = 0
+        cells[rest:, row - heads * dim : row] = 0
     steps[0][unknown], steps[1][unknown], scale[unknown] = -1, -1, np.inf
     box = stored[0]
     box[..., :dim] = steps[0].astype(np.int8).view(np.uint8)
     box[..., dim : 2 * dim] = (-steps[1]).astype(np.int8).view(np.uint8)
     box[..., 2 * dim : 2 * dim + 4] = scale.astype("<f4").view(np.uint8)
-    by_record = cells.reshape(chunks, heads, -1)
-    for plane, bit in enumerate((8, 4, 2, 1), start=1):
-        bits = np.packbits(by_record & bit, axis=-1, bitorder="little")
-        stored[plane, ..., : bits.shape[-1]] = bits
+    for plane, packed in enumerate(_packed(cells.reshape(eights, 8, -1)), start=1):
+        by_record = packed[:, :row].reshape(eights, chunks, heads, dim).transpose(1, 2, 0, 3)
+        stored[plane, ..., : eights * dim] = by_record.reshape(chunks, heads, eights * dim)
+
+
+def _packed(cells: Array) -> Iterator[Array]:
+    """Of each bit of cell numbers, the most significant first, a byte that holds it for eight tokens.
+
+    cells   (eights, 8, n) uint8, n a multiple of 8: bits move in words
+    yields  (eights, n) uint8
+    """
+    words = cells.view(np.uint64)
+    for bit in reversed(range(BITS)):
+        own = words & np.uint64(0x0101_0101_0101_0101 << bit)
+        for t in range(8):
+            shift, by = (np.left_shift, t - bit) if t >= bit else (np.right_shift, bit - t)
+            shift(own[:, t], np.uint64(by), out=own[:, t])
+        yield np.bitwise_or.reduce(own, axis=1).view(np.uint8)
 
 
 def _scale(largest: Array) -> Array:
@@ -152,11 +171,10 @@ def unpack(planes: Array, bits: int, chunk_tokens: int, head_dim: int) -> Unpack
     _, chunks, heads, _ = planes.shape
     box, scale = corners(planes[0], head_dim)
     lo, hi = np.split(box.astype(np.float32), 2, axis=-1)
-    count = chunk_tokens * head_dim
-    cells = np.zeros((chunks, heads, count), np.uint8)
+    cells = np.zeros((chunks, heads, chunk_tokens, head_dim), np.uint8)
     for plane in planes[1 : 1 + bits]:
+        by_eights = plane[..., : div_ceil(chunk_tokens, 8) * head_dim].reshape(chunks, heads, -1, 1, head_dim)
+        ones = np.unpackbits(by_eights, axis=3, bitorder="little").reshape(chunks, heads, -1, head_dim)
         cells <<= 1
-        cells |= np.unpackbits(plane[..., : div_ceil(count, 8)], axis=-1, count=count, bitorder="little")
-    return Unpacked(
-        lo * scale[..., None], (hi - lo) * scale[..., None], cells.reshape(chunks, heads, chunk_tokens, head_dim)
-    )
+        cells |= ones[:, :, :chunk_tokens]
+    return Unpacked(lo * scale[..., None], (hi - lo) * scale[..., None], cells)

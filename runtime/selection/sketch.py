@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class SketchSelector(Selector):
     """
 
     name: ClassVar[str] = "sketch"
-    chunk_axes: ClassVar[tuple[int, ...]] = (1, 1, 1)
+    chunk_axes: ClassVar[tuple[int, ...]] = (1, 1, 1, 0)
     bits: int = 2
     beta: float = 0.5
     margin: float = 3.0
@@ -50,15 +50,15 @@ class SketchSelector(Selector):
 
     def prepare(self, stored: Mapping[str, Array], chunk_tokens: int, head_dim: int) -> Resident:
         """Boxes (kv_heads, chunks, 2 * head_dim) int8, lo and hi; their scales (kv_heads, chunks) float32; codes
-        (kv_heads, chunks, bits, bytes) uint8: in memory a sketch is as large as on disk."""
+        (kv_heads, chunks, bits, bytes) uint8; tokens (chunks,) int32: in memory a sketch is as large as on disk."""
         planes = stored["sketch"]  # [1 + bits, chunks, kv_heads, row_bytes]
         box, scale = corners(planes[0], head_dim)
-        codes = planes[1:, :, :, : div_ceil(chunk_tokens * head_dim, 8)].transpose(2, 1, 0, 3)
-        parts = (box.swapaxes(0, 1), scale.swapaxes(0, 1), codes)
+        codes = planes[1:, :, :, : div_ceil(chunk_tokens, 8) * head_dim].transpose(2, 1, 0, 3)
+        parts = (box.swapaxes(0, 1), scale.swapaxes(0, 1), codes, np.full(planes.shape[1], chunk_tokens, np.int32))
         return tuple(torch.from_numpy(part.copy(order="C")) for part in parts)
 
     def score(self, q: Tensor, resident: Resident, take: int, *, ceilings: bool = False) -> Scores:
-        boxes, scales, codes = resident
+        boxes, scales, codes, _ = resident
         heads, chunks, _ = boxes.shape
         unknown = scales[:, None].isinf()
         close = chunks if ceilings else math.ceil(min(chunks, self.margin * take))
@@ -85,7 +85,7 @@ class SketchSelector(Selector):
 
     def _rank(self, corners: Tensor, boxes: Tensor, scales: Tensor) -> Tensor:
         """Scores of all boxes, (kv_heads, group, chunks)."""
-        if corners.device.type == "cpu" and (compiled := kernels()) is not None:
+        if corners.device.type == "cpu" and (compiled := kernels(self.bits)) is not None:
             out = corners.new_empty(*corners.shape[:2], boxes.shape[1])
             compiled.rank(*(t.numpy() for t in (corners, boxes, scales, out)))
             return out
@@ -97,32 +97,23 @@ class SketchSelector(Selector):
         rows     (kv_heads, n)
         returns  (kv_heads, group, n)
         """
-        boxes, scales, codes = resident
         heads, n, dim = *rows.shape, q.shape[2]
-        if q.device.type == "cpu" and dim % 8 == 0 and (compiled := kernels()) is not None:
+        if q.device.type == "cpu" and (compiled := kernels(self.bits)) is not None:
             out = q.new_empty(heads, q.shape[1], n)
-            arrays = (q.contiguous(), boxes, scales, codes, rows.contiguous(), _places(self.bits), out)
-            compiled.score(*(t.numpy() for t in arrays))
+            compiled.score(*(t.numpy() for t in (q.contiguous(), *resident, rows.contiguous(), out)))
             return out
+        boxes, scales, codes, tokens = resident
         flat = (rows + boxes.shape[1] * torch.arange(heads, device=rows.device)[:, None]).ravel()
-        near = [t.flatten(0, 1).index_select(0, flat).unflatten(0, (heads, n)) for t in resident]
-        box = near[0].float() * near[1][..., None]
-        lo, hi = box[:, :, None, :dim], box[:, :, None, dim:]
-        planes = near[2].int() + 256 * torch.arange(self.bits, dtype=torch.int32, device=q.device)[:, None]
-        places = torch.embedding(_places(self.bits).flatten(0, 1).to(q.device), planes).sum(2).flatten(2)
-        inside = places[..., : places.shape[-1] // dim * dim].unflatten(2, (-1, dim))  # of each key element, in its box
-        keys = torch.addcmul((lo + hi) / 2, inside, (hi - lo) / 2)
-        return torch.logsumexp(torch.bmm(q, keys.flatten(1, 2).transpose(1, 2)).unflatten(2, (n, -1)), -1)
-
-
-@cache
-def _places(bits: int) -> Tensor:
-    """What each byte of each plane adds to the places of its eight key elements: (bits, 256, 8).
-
-    A place runs from -1 to 1 across the box: the centre of cell u of 2^bits lies at 2 (u + 1/2) / 2^bits - 1, and plane p
-    holds the bit of weight 2^-p.
-    """
-    byte = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    weights = 2.0 ** -torch.arange(bits, dtype=torch.float32)
-    table = byte * weights[:, None, None]
-    return table + (2.0**-bits - 1) / bits
+        box, scale, planes = (
+            t.flatten(0, 1).index_select(0, flat).unflatten(0, (heads, n)) for t in (boxes, scales, codes)
+        )
+        lo, hi = (box.float() * scale[..., None])[:, :, None].split(dim, -1)
+        cell = (hi - lo) / 2**self.bits
+        eight = torch.arange(8, device=q.device)[:, None]
+        ones = planes.unflatten(3, (-1, 1, dim)) >> eight & 1  # [kv_heads, n, bits, eights, 8, head_dim]
+        weights = 1 << torch.arange(self.bits - 1, -1, -1, device=q.device)
+        place = (ones * weights[:, None, None, None]).sum(2).flatten(2, 3)
+        keys = torch.addcmul(lo + cell / 2, place.float(), cell)
+        logits = torch.bmm(q, keys.flatten(1, 2).transpose(1, 2)).unflatten(2, (n, -1))
+        padding = torch.arange(logits.shape[3], device=q.device) >= tokens[rows][:, None, :, None]
+        return torch.logsumexp(logits.masked_fill(padding, -math.inf), -1)

@@ -191,11 +191,11 @@ def box_of_sketch(stored: Array, dim: int) -> tuple[Array, Array, Array]:
 def cells_of_sketch(stored: Array, chunk_tokens: int, dim: int) -> Array:
     """The 4-bit cell numbers (chunks, heads, chunk_tokens, dim), bit by bit."""
     _, chunks, heads, _ = stored.shape
-    cells = np.zeros((chunks, heads, chunk_tokens * dim), np.int64)
-    for number in range(chunk_tokens * dim):
-        for plane in range(1, 5):
-            cells[..., number] |= ((stored[plane, ..., number // 8].astype(np.int64) >> number % 8) & 1) << 4 - plane
-    return cells.reshape(chunks, heads, chunk_tokens, dim)
+    cells = np.zeros((chunks, heads, chunk_tokens, dim), np.int64)
+    for token, d, plane in np.ndindex(chunk_tokens, dim, 4):
+        byte = stored[1 + plane, ..., token // 8 * dim + d].astype(np.int64)
+        cells[..., token, d] |= (byte >> token % 8 & 1) << 3 - plane
+    return cells
 
 
 def own_keys(keys: Array, tokens: int) -> tuple[Array, Array]:
@@ -248,7 +248,7 @@ def test_what_a_sketch_leaves_over_in_its_rows_is_zeros(given_keys: tuple[Array,
     keys, tokens = given_keys
     chunk_tokens, dim = keys.shape[2:]
     stored = Sketch().build(keys, tokens, "float32")
-    used = div_ceil(chunk_tokens * dim, 8)
+    used = div_ceil(chunk_tokens, 8) * dim
     assert not stored[0, ..., 2 * dim + 4 :].any()
     assert not stored[1:, ..., used:].any()
     assert stored.shape[-1] == max(2 * dim + 4, used)

@@ -244,7 +244,7 @@ def test_the_sketch_read_by_the_document_holds_the_keys(tmp_path: Path) -> None:
     info, ct = entry["info"], 16
     for group, g in enumerate(info["geometry"]["groups"]):
         dim, heads, slots = g["head_dim"], g["kv_heads"], info["capacity"]
-        row_bytes = max(2 * dim + 4, -(-ct * dim // 8))
+        row_bytes = max(2 * dim + 4, -(-ct // 8) * dim)
         folder = tmp_path / "s" / "chunks" / f"{segment}.sketch{group}"
         data = (folder / "c.0.0.0.0.0").read_bytes()
         assert len(data) == len(g["layers"]) * 5 * slots * heads * row_bytes
@@ -269,8 +269,7 @@ def test_the_sketch_read_by_the_document_holds_the_keys(tmp_path: Path) -> None:
             assert (own <= hi * scale).all()
             u = np.zeros((ct, dim))
             for token, d in np.ndindex(ct, dim):
-                n = token * dim + d
-                bits = [rows[1 + i][n // 8] >> n % 8 & 1 for i in range(4)]
+                bits = [rows[1 + i][token // 8 * dim + d] >> token % 8 & 1 for i in range(4)]
                 u[token, d] = 8 * bits[0] + 4 * bits[1] + 2 * bits[2] + bits[3]
             assert not u[len(own) :].any()
             width = (hi - lo) * scale
