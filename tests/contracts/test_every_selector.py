@@ -58,9 +58,11 @@ def chunks_of(resident: Resident, selector: Selector, chunks: slice) -> Resident
 
 
 def rounding(keys: Array, q: torch.Tensor) -> float:
-    """Error of a product sum of 2 * dim terms in float32, in any order, each made of a few rounded ones."""
-    dim = keys.shape[-1]
-    return 8 * dim * np.finfo(np.float32).eps * 2 * float(np.abs(keys).max()) * float(q.abs().sum(-1).max())
+    """Error of a product sum of 2 * dim terms in float32, in any order, each made of a few rounded ones; and of exponentials,
+    their sum and its logarithm."""
+    dim, eps = keys.shape[-1], float(np.finfo(np.float32).eps)
+    products = 8 * dim * 2 * float(np.abs(keys).max()) * float(q.abs().sum(-1).max())
+    return eps * (products + 2 * CT + math.log(CT))
 
 
 def true_lse(keys: Array, q: torch.Tensor) -> Array:
