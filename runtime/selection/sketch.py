@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
@@ -23,7 +24,9 @@ from torch import Tensor
 from kvdb.abstracts.sketch import corners
 from kvdb.geometry import div_ceil
 from kvdb.runtime.selection.base import Array, Resident, Scores, Selector
-from kvdb.runtime.selection.sketch_kernel import kernels
+
+if TYPE_CHECKING:
+    from kvdb.runtime.selection.sketch_kernel import Kernels
 
 _SURE: Final = 1e4
 """A logit above any real one: for records of which the sketch knows nothing."""
@@ -85,7 +88,7 @@ class SketchSelector(Selector):
 
     def _rank(self, corners: Tensor, boxes: Tensor, scales: Tensor) -> Tensor:
         """Scores of all boxes, (kv_heads, group, chunks)."""
-        if corners.device.type == "cpu" and (compiled := kernels(self.bits)) is not None:
+        if corners.device.type == "cpu" and (compiled := _kernels(self.bits)) is not None:
             out = corners.new_empty(*corners.shape[:2], boxes.shape[1])
             compiled.rank(*(t.numpy() for t in (corners, boxes, scales, out)))
             return out
@@ -98,7 +101,7 @@ class SketchSelector(Selector):
         returns  (kv_heads, group, n)
         """
         heads, n, dim = *rows.shape, q.shape[2]
-        if q.device.type == "cpu" and (compiled := kernels(self.bits)) is not None:
+        if q.device.type == "cpu" and (compiled := _kernels(self.bits)) is not None:
             out = q.new_empty(heads, q.shape[1], n)
             compiled.score(*(t.numpy() for t in (q.contiguous(), *resident, rows.contiguous(), out)))
             return out
@@ -117,3 +120,13 @@ class SketchSelector(Selector):
         logits = torch.bmm(q, keys.flatten(1, 2).transpose(1, 2)).unflatten(2, (n, -1))
         padding = torch.arange(logits.shape[3], device=q.device) >= tokens[rows][:, None, :, None]
         return torch.logsumexp(logits.masked_fill(padding, -math.inf), -1)
+
+
+@cache
+def _kernels(bits: int) -> Kernels | None:
+    """None where numba is not installed (extra `fast`)."""
+    try:
+        from kvdb.runtime.selection.sketch_kernel import kernels
+    except ImportError:
+        return None
+    return kernels(bits)

@@ -1,7 +1,7 @@
 """The inner loops of sketch scoring, compiled: straight from 8-bit boxes and packed codes.
 
-With NumPy or torch every key element passes through memory several times; here a record's keys live in registers. Used where
-the package numba is installed (extra `fast`), on CPU. Loops run over the head dimension wherever they can, with nothing
+With NumPy or torch every key element passes through memory several times; here a record's keys live in registers. Import it only
+to score: numba takes a while. Loops run over the head dimension wherever they can, with nothing
 in them that keeps the compiler from making vectors of it.
 """
 
@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
+import numba
 import numpy as np
+
+_compiled: Final = numba.njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
+"""Compiles a function at its first call, once for a machine; closures may hold numbers only, or each process does it anew."""
 
 
 class Kernels(NamedTuple):
-    """Compiled at their first call, once for a machine. Arrays are C-contiguous; q (kv_heads, group, head_dim) float32.
+    """Arrays are C-contiguous; q (kv_heads, group, head_dim) float32.
 
     rank(corners, boxes, scales, out)                   corners (kv_heads, group, 2 * head_dim) float32, the weights of lo and hi;
                                                         out (kv_heads, group, chunks) float32
@@ -29,16 +33,12 @@ class Kernels(NamedTuple):
 
 
 @cache
-def kernels(bits: int) -> Kernels | None:
-    """For codes of so many planes, 1..4; None without numba."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    compiled = numba.njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
-    return Kernels(compiled(_rank), compiled(_score_of(bits, compiled(_exp_parts))))
+def kernels(bits: int) -> Kernels:
+    """For codes of so many planes, 1..4."""
+    return Kernels(_rank, _score_of(bits))
 
 
+@_compiled
 def _rank(corners: Any, boxes: Any, scales: Any, out: Any) -> None:
     heads, group, values = corners.shape
     for head in range(heads):
@@ -51,6 +51,7 @@ def _rank(corners: Any, boxes: Any, scales: Any, out: Any) -> None:
                 out[head, g, row] = total * scales[head, row]
 
 
+@_compiled
 def _exp_parts(x: Any) -> tuple[Any, Any]:
     """exp(x) = m * 2^n for x <= 0, m to within 1.1e-7 of itself: a polynomial, which a compiler can make vectors of."""
     y = max(x * np.float32(1.4426950408889634), np.float32(-126))
@@ -65,9 +66,10 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
     return m * f + np.float32(1), np.int32(n)
 
 
-def _score_of(bits: int, exp_parts: Any) -> Callable[..., None]:
+def _score_of(bits: int) -> Callable[..., None]:
     second, third, fourth = bits > 1, bits > 2, bits > 3  # constants to the compiler
 
+    @_compiled
     def score(q: Any, boxes: Any, scales: Any, codes: Any, tokens: Any, rows: Any, out: Any) -> None:
         heads, group, dim = q.shape
         eights = codes.shape[3] // dim
@@ -115,7 +117,7 @@ def _score_of(bits: int, exp_parts: Any) -> Callable[..., None]:
                     for t in range(1, count):
                         top = max(top, logits[g, t])
                     for t in range(count):
-                        power, exponent = exp_parts(logits[g, t] - top)
+                        power, exponent = _exp_parts(logits[g, t] - top)
                         powers[t] = power
                         exponents[t] += exponent << np.int32(23)
                     total = np.float32(0)
@@ -123,4 +125,5 @@ def _score_of(bits: int, exp_parts: Any) -> Callable[..., None]:
                         total += powers[t]
                     out[head, g, i] = top + np.log(total) + starts[g]
 
-    return score
+    compiled: Callable[..., None] = score
+    return compiled

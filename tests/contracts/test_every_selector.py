@@ -155,7 +155,7 @@ def test_compiled_scores_agree_with_torch(size: tuple[int, int, int, int], seed:
     corners = torch.cat((q, -q), -1)
     compiled = selector.score(q, resident, 1).lse, selector._rank(corners, *resident[:2])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvdb.runtime.selection.sketch.kernels", lambda bits: None)
+        patch.setattr("kvdb.runtime.selection.sketch._kernels", lambda bits: None)
         plain = selector.score(q, resident, 1).lse, selector._rank(corners, *resident[:2])
     for ours, theirs in zip(compiled, plain, strict=True):
         assert (ours - theirs).abs().max() <= rounding(keys, q)
