@@ -1,12 +1,13 @@
-"""Selection by progressive keys: boxes first, then, inside the boxes that look promising, a few bits of every key.
+"""Selection by progressive keys: the boxes of ranges, of the records in them, then a few bits of every key of some records.
 
 The box of a record costs little and ranks roughly (see `box`). The leading bits of the code planes put each key element into
 its cell of the box; with the cell's centre in its place a record's log-sum-exp is nearly exact. So the boxes of all records are
-scored, and the codes of the best `margin` times as many as will be read. Records that are not looked at closely keep the score
-of their box, moved to the scale of the others.
+scored, and the codes of the best `margin` times as many as will be read. On request the boxes of whole ranges of records come
+before all that, and only the best ranges are opened. What stays closed keeps the score of the box around it, moved to the
+scale of the others.
 
 A cell also bounds its key: the true logit is at most the centre's plus sum_d |q_d| w_d / 2^(bits + 1), w the width of the box.
-source: LeoAM, arXiv 2506.20187 (abstracts first); KIVI, arXiv 2402.02750 (keys are quantised per channel).
+source: LeoAM, arXiv 2506.20187 (abstracts first, adaptive ranges); KIVI, arXiv 2402.02750 (keys are quantised per channel).
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +24,31 @@ from torch import Tensor
 from kvdb.abstracts.sketch import corners
 from kvdb.geometry import div_ceil
 from kvdb.runtime.selection.base import Array, Resident, Scores, Selector
+from kvdb.runtime.selection.sketch_scores import SURE, of_boxes, of_codes, of_open_boxes
 
-if TYPE_CHECKING:
-    from kvdb.runtime.selection.sketch_kernel import Kernels
-
-_SURE: Final = 1e4
-"""A logit above any real one: for records of which the sketch knows nothing."""
+RANGE: Final = 8
+"""Records of a range."""
 _CELL_SLACK: Final = 1 + 2.0**-15
 """A key may lie outside its cell by rounding: 2^-20 of the box's width, see `kvdb.abstracts.sketch`."""
+
+
+class Sketches(NamedTuple):
+    """A sketch in memory: as large as on disk, and a box for every range.
+
+    boxes         (kv_heads, chunks, 2 * head_dim) int8: lo, hi
+    scales        (kv_heads, chunks) float32; inf: the record is unknown
+    codes         (kv_heads, chunks, bits, bytes) uint8
+    tokens        (chunks,) int32
+    range_boxes   (kv_heads, ranges, 2 * head_dim) int8, range_scales (kv_heads, ranges) float32: to rank by, no bounds;
+                  no ranges where all are opened
+    """
+
+    boxes: Tensor
+    scales: Tensor
+    codes: Tensor
+    tokens: Tensor
+    range_boxes: Tensor
+    range_scales: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,94 +56,91 @@ class SketchSelector(Selector):
     """bits    code planes to read, 1..4
     beta    share of the radius in a box's score
     margin  records to look at closely, as a multiple of those that will be read; inf: all of them
+    opened  share of the ranges whose boxes are scored; 1: all, and ranges need no scores
     """
 
     name: ClassVar[str] = "sketch"
-    chunk_axes: ClassVar[tuple[int, ...]] = (1, 1, 1, 0)
-    bits: int = 2
+    bits: int = 3
     beta: float = 0.5
-    margin: float = 3.0
+    margin: float = 6.0
+    opened: float = 1.0
 
     @property
     def abstracts(self) -> dict[str, int | None]:
         return {"sketch": 1 + self.bits}
 
-    def prepare(self, stored: Mapping[str, Array], chunk_tokens: int, head_dim: int) -> Resident:
-        """Boxes (kv_heads, chunks, 2 * head_dim) int8, lo and hi; their scales (kv_heads, chunks) float32; codes
-        (kv_heads, chunks, bits, bytes) uint8; tokens (chunks,) int32: in memory a sketch is as large as on disk."""
+    def prepare(self, stored: Mapping[str, Array], chunk_tokens: int, head_dim: int) -> Sketches:
         planes = stored["sketch"]  # [1 + bits, chunks, kv_heads, row_bytes]
         box, scale = corners(planes[0], head_dim)
         codes = planes[1:, :, :, : div_ceil(chunk_tokens, 8) * head_dim].transpose(2, 1, 0, 3)
         parts = (box.swapaxes(0, 1), scale.swapaxes(0, 1), codes, np.full(planes.shape[1], chunk_tokens, np.int32))
-        return tuple(torch.from_numpy(part.copy(order="C")) for part in parts)
+        return self._with_ranges(*(torch.from_numpy(part.copy(order="C")) for part in parts))
+
+    def join(self, parts: list[Resident]) -> Sketches:
+        boxes, scales, codes, tokens, *_ = zip(*parts, strict=True)
+        return self._with_ranges(torch.cat(boxes, 1), torch.cat(scales, 1), torch.cat(codes, 1), torch.cat(tokens))
+
+    def _with_ranges(self, boxes: Tensor, scales: Tensor, codes: Tensor, tokens: Tensor) -> Sketches:
+        around = _around(boxes, scales) if self.opened < 1 else (boxes[:, :0], scales[:, :0])
+        return Sketches(boxes, scales, codes, tokens, *around)
 
     def score(self, q: Tensor, resident: Resident, take: int, *, ceilings: bool = False) -> Scores:
-        boxes, scales, codes, _ = resident
-        heads, chunks, _ = boxes.shape
-        unknown = scales[:, None].isinf()
+        kept = Sketches(*resident)
+        heads, chunks, _ = kept.boxes.shape
         close = chunks if ceilings else math.ceil(min(chunks, self.margin * take))
         if close == chunks:
-            every = torch.arange(chunks, device=boxes.device).expand(heads, -1)
-            lse = self._look(q, resident, every).masked_fill(unknown, _SURE)
-            ceiling = None
-            if ceilings:
-                box = boxes.float()
-                radius = (box[..., q.shape[2] :] - box[..., : q.shape[2]]) / 2
-                slack = torch.bmm(q.abs(), radius.transpose(1, 2)) * scales[:, None] * (_CELL_SLACK / 2**self.bits)
-                ceiling = lse + slack.masked_fill(unknown, _SURE)
-            return Scores(lse, ceiling, heads * chunks, sum(t.nbytes for t in resident))
-        shrunk = self.beta * q.abs()
-        corners = torch.cat((q - shrunk, q + shrunk), -1) / 2  # times lo and hi: q.centre + beta |q|.radius
-        coarse = self._rank(corners, boxes, scales).masked_fill(unknown, _SURE)
+            return self._all(q, kept, ceilings)
+        coarse, scored, read = self._coarse(q, kept, close)
         best = torch.topk(torch.softmax(coarse, -1).sum(1), close, sorted=False).indices  # [kv_heads, close]
         index = best[:, None].expand(-1, q.shape[1], -1)
-        lse = self._look(q, resident, best).masked_fill(unknown.expand_as(coarse).gather(2, index), _SURE)
+        lse = of_codes(q, kept[:4], best, self.bits)
         weakest = torch.topk(lse, max(1, close // 2), largest=False, sorted=False).indices
         shift = (lse.gather(2, weakest) - coarse.gather(2, index).gather(2, weakest)).mean(-1, keepdim=True)
-        read = boxes.nbytes + scales.nbytes + best.numel() * codes[0, 0].nbytes
-        return Scores((coarse + shift).scatter(2, index, lse), None, heads * (chunks + close), read)
+        read += best.numel() * kept.codes[0, 0].nbytes
+        return Scores((coarse + shift).scatter(2, index, lse), None, scored + heads * close, read)
 
-    def _rank(self, corners: Tensor, boxes: Tensor, scales: Tensor) -> Tensor:
-        """Scores of all boxes, (kv_heads, group, chunks)."""
-        if corners.device.type == "cpu" and (compiled := _kernels(self.bits)) is not None:
-            out = corners.new_empty(*corners.shape[:2], boxes.shape[1])
-            compiled.rank(*(t.numpy() for t in (corners, boxes, scales, out)))
-            return out
-        return torch.bmm(corners, boxes.float().transpose(1, 2)) * scales[:, None]
+    def _all(self, q: Tensor, kept: Sketches, ceilings: bool) -> Scores:
+        """Every record closely."""
+        heads, chunks, _ = kept.boxes.shape
+        dim = q.shape[2]
+        lse = of_codes(q, kept[:4], torch.arange(chunks, device=q.device).repeat(heads, 1), self.bits)
+        ceiling = None
+        if ceilings:
+            box = kept.boxes.float()
+            radius = (box[..., dim:] - box[..., :dim]) / 2
+            slack = torch.bmm(q.abs(), radius.transpose(1, 2)) * kept.scales[:, None] * (_CELL_SLACK / 2**self.bits)
+            ceiling = lse + slack.masked_fill(kept.scales[:, None].isinf(), SURE)
+        return Scores(lse, ceiling, heads * chunks, sum(t.nbytes for t in kept[:4]))
 
-    def _look(self, q: Tensor, resident: Resident, rows: Tensor) -> Tensor:
-        """Log-sum-exp of records by the centres of their keys' cells; anything where a record is unknown.
-
-        rows     (kv_heads, n)
-        returns  (kv_heads, group, n)
-        """
-        heads, n, dim = *rows.shape, q.shape[2]
-        if q.device.type == "cpu" and (compiled := _kernels(self.bits)) is not None:
-            out = q.new_empty(heads, q.shape[1], n)
-            compiled.score(*(t.numpy() for t in (q.contiguous(), *resident, rows.contiguous(), out)))
-            return out
-        boxes, scales, codes, tokens = resident
-        flat = (rows + boxes.shape[1] * torch.arange(heads, device=rows.device)[:, None]).ravel()
-        box, scale, planes = (
-            t.flatten(0, 1).index_select(0, flat).unflatten(0, (heads, n)) for t in (boxes, scales, codes)
-        )
-        lo, hi = (box.float() * scale[..., None])[:, :, None].split(dim, -1)
-        cell = (hi - lo) / 2**self.bits
-        eight = torch.arange(8, device=q.device)[:, None]
-        ones = planes.unflatten(3, (-1, 1, dim)) >> eight & 1  # [kv_heads, n, bits, eights, 8, head_dim]
-        weights = 1 << torch.arange(self.bits - 1, -1, -1, device=q.device)
-        place = (ones * weights[:, None, None, None]).sum(2).flatten(2, 3)
-        keys = torch.addcmul(lo + cell / 2, place.float(), cell)
-        logits = torch.bmm(q, keys.flatten(1, 2).transpose(1, 2)).unflatten(2, (n, -1))
-        padding = torch.arange(logits.shape[3], device=q.device) >= tokens[rows][:, None, :, None]
-        return torch.logsumexp(logits.masked_fill(padding, -math.inf), -1)
+    def _coarse(self, q: Tensor, kept: Sketches, close: int) -> tuple[Tensor, int, int]:
+        """Scores of records by boxes, (kv_heads, group, chunks); how many boxes were scored; bytes they have."""
+        heads, chunks, values = kept.boxes.shape
+        ranges = kept.range_boxes.shape[1]
+        shrunk = self.beta * q.abs()
+        weights = torch.cat((q - shrunk, q + shrunk), -1) / 2  # times lo and hi: q.centre + beta |q|.radius
+        box_bytes = values + kept.scales.element_size()
+        opened = max(math.ceil(self.opened * ranges), div_ceil(2 * close, RANGE))
+        if opened >= ranges:
+            return of_boxes(weights, *kept[:2], self.bits), heads * chunks, heads * chunks * box_bytes
+        around = of_boxes(weights, *kept[4:], self.bits)
+        best = (
+            torch.topk(torch.softmax(around, -1).sum(1), opened, sorted=False).indices.sort().values
+        )  # in the order of memory
+        scored = heads * (ranges + opened * RANGE)
+        coarse = of_open_boxes(weights, *kept[:2], best, RANGE, around, self.bits)
+        return coarse, scored, scored * box_bytes
 
 
-@cache
-def _kernels(bits: int) -> Kernels | None:
-    """None where numba is not installed (extra `fast`)."""
-    try:
-        from kvdb.runtime.selection.sketch_kernel import kernels
-    except ImportError:
-        return None
-    return kernels(bits)
+def _around(boxes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes around those of every range, and their scales."""
+    chunks, values = boxes.shape[1:]
+    unknown = scales.isinf()
+    exact = boxes.float() * scales.masked_fill(unknown, 0)[..., None]
+    exact[..., values // 2 :] *= -1  # so that both ends are minima
+    exact = torch.nn.functional.pad(exact, (0, 0, 0, -chunks % RANGE), value=math.inf)
+    ends = exact.unflatten(1, (-1, RANGE)).amin(2)
+    ends[..., values // 2 :] *= -1
+    scale = ends.abs().amax(-1) / 127
+    holes = torch.nn.functional.pad(unknown, (0, -chunks % RANGE)).unflatten(1, (-1, RANGE)).any(2)
+    rounded = (ends / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8)
+    return rounded, scale.masked_fill(holes, math.inf)

@@ -19,13 +19,10 @@ _compiled: Final = numba.njit(fastmath={"reassoc", "contract", "nsz"}, cache=Tru
 
 
 class Kernels(NamedTuple):
-    """Arrays are C-contiguous; q (kv_heads, group, head_dim) float32.
+    """Arrays are C-contiguous; their shapes are those of `kvdb.runtime.selection.sketch_scores`.
 
-    rank(corners, boxes, scales, out)                   corners (kv_heads, group, 2 * head_dim) float32, the weights of lo and hi;
-                                                        out (kv_heads, group, chunks) float32
-    score(q, boxes, scales, codes, tokens, rows, out)   rows (kv_heads, n) int64, the records to score; out (kv_heads, group, n)
-                                                        float32
-    boxes, scales, codes and tokens are what `SketchSelector.prepare` makes; `out` is overwritten.
+    rank(corners, boxes, scales, runs, length, around, sure, out)
+    score(q, boxes, scales, codes, tokens, rows, sure, out)
     """
 
     rank: Callable[..., None]
@@ -39,16 +36,31 @@ def kernels(bits: int) -> Kernels:
 
 
 @_compiled
-def _rank(corners: Any, boxes: Any, scales: Any, out: Any) -> None:
+def _rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: Any, sure: float, out: Any) -> None:
     heads, group, values = corners.shape
+    n = boxes.shape[1]
     for head in range(heads):
-        for row in range(boxes.shape[1]):
-            box = boxes[head, row]
-            for g in range(group):
-                total = np.float32(0)
-                for d in range(values):
-                    total += corners[head, g, d] * np.float32(box[d])
-                out[head, g, row] = total * scales[head, row]
+        closed = np.ones(around.shape[2], np.bool_)
+        shifts, known = np.zeros(group, np.float32), 0
+        for run in runs[head]:
+            closed[run] = False
+            for row in range(run * length, min(n, (run + 1) * length)):
+                box, scale = boxes[head, row], scales[head, row]
+                if np.isinf(scale):
+                    out[head, :, row] = sure
+                    continue
+                known += 1
+                for g in range(group):
+                    total = np.float32(0)
+                    for d in range(values):
+                        total += corners[head, g, d] * np.float32(box[d])
+                    out[head, g, row] = total * scale
+                    shifts[g] += total * scale - around[head, g, run]
+        for g in range(group):
+            shift = shifts[g] / np.float32(max(1, known))
+            for run in range(len(closed)):
+                if closed[run]:
+                    out[head, g, run * length : (run + 1) * length] = around[head, g, run] + shift
 
 
 @_compiled
@@ -70,7 +82,7 @@ def _score_of(bits: int) -> Callable[..., None]:
     second, third, fourth = bits > 1, bits > 2, bits > 3  # constants to the compiler
 
     @_compiled
-    def score(q: Any, boxes: Any, scales: Any, codes: Any, tokens: Any, rows: Any, out: Any) -> None:
+    def score(q: Any, boxes: Any, scales: Any, codes: Any, tokens: Any, rows: Any, sure: float, out: Any) -> None:
         heads, group, dim = q.shape
         eights = codes.shape[3] // dim
         reach = np.empty((group, dim), np.float32)  # q times the width of a cell
@@ -84,6 +96,9 @@ def _score_of(bits: int) -> Callable[..., None]:
             for i in range(rows.shape[1]):
                 row = rows[head, i]
                 box, scale, count = boxes[head, row], scales[head, row], tokens[row]
+                if np.isinf(scale):
+                    out[head, :, i] = sure
+                    continue
                 cell = scale * np.float32(2.0**-bits)
                 for g in range(group):
                     total = np.float32(0)

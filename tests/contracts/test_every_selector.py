@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 
 from kvdb.abstracts import ABSTRACTS
 from kvdb.runtime.selection import SELECTORS, BoxSelector, Resident, Selector, SketchSelector
+from kvdb.runtime.selection.sketch import RANGE, Sketches
+from kvdb.runtime.selection.sketch_scores import of_codes, of_open_boxes
 
 CT = 16
 WAYS: dict[str, Selector] = {
     "box": BoxSelector(),
     "box, the bound itself": BoxSelector(beta=1.0),
+    "sketch with ranges": SketchSelector(margin=math.inf, opened=0.4),
     **{f"sketch of {bits} bits": SketchSelector(bits=bits, margin=math.inf) for bits in (1, 2, 3, 4)},
 }
 """Each looks at every record in the same way."""
@@ -49,12 +52,6 @@ def resident_of(selector: Selector, keys: Array) -> Resident:
         kind = ABSTRACTS[name]
         stored[name] = kind.load(kind.build(keys, chunks * ct, "float32")[:planes], dim, "float32")
     return selector.prepare(stored, ct, dim)
-
-
-def chunks_of(resident: Resident, selector: Selector, chunks: slice) -> Resident:
-    return tuple(
-        t[(slice(None),) * axis + (chunks,)].contiguous() for t, axis in zip(resident, selector.chunk_axes, strict=True)
-    )
 
 
 def rounding(keys: Array, q: torch.Tensor) -> float:
@@ -119,7 +116,7 @@ def test_a_record_scores_the_same_whatever_records_are_beside_it(
     together = selector.score(q, resident, 1, ceilings=True)
     assert together.ceiling is not None
     for chunk in range(size[2]):
-        alone = selector.score(q, chunks_of(resident, selector, slice(chunk, chunk + 1)), 1, ceilings=True)
+        alone = selector.score(q, resident_of(selector, keys[:, chunk : chunk + 1]), 1, ceilings=True)
         assert alone.ceiling is not None
         assert (alone.lse[..., 0] - together.lse[..., chunk]).abs().max() <= rounding(keys, q)
         assert (alone.ceiling[..., 0] - together.ceiling[..., chunk]).abs().max() <= rounding(keys, q)
@@ -150,13 +147,23 @@ def test_a_ceiling_is_never_below_the_truth(
 def test_compiled_scores_agree_with_torch(size: tuple[int, int, int, int], seed: int, bits: int) -> None:
     pytest.importorskip("numba")
     keys, q = keys_and_query(size, seed)
-    selector = SketchSelector(bits=bits, margin=math.inf)
-    resident = resident_of(selector, keys)
+    keys[0, -1, 0, 0] = np.inf  # an unknown record
+    resident = resident_of(SketchSelector(bits=bits), keys)
+    heads, chunks = keys.shape[:2]
+    keys[0, -1, 0, 0] = 0
     corners = torch.cat((q, -q), -1)
-    compiled = selector.score(q, resident, 1).lse, selector._rank(corners, *resident[:2])
+    rows = torch.arange(chunks).repeat(heads, 1).flip(1)
+    runs = torch.arange(0, -(-chunks // 2), 2).repeat(heads, 1)  # every other pair
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        boxes, scales = resident[:2]
+        around = q.new_ones(heads, q.shape[1], -(-chunks // 2))
+        return of_codes(q, resident[:4], rows, bits), of_open_boxes(corners, boxes, scales, runs, 2, around, bits)
+
+    compiled = both()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvdb.runtime.selection.sketch._kernels", lambda bits: None)
-        plain = selector.score(q, resident, 1).lse, selector._rank(corners, *resident[:2])
+        patch.setattr("kvdb.runtime.selection.sketch_scores.kernels", lambda bits: None)
+        plain = both()
     for ours, theirs in zip(compiled, plain, strict=True):
         assert (ours - theirs).abs().max() <= rounding(keys, q)
 
@@ -190,11 +197,50 @@ def test_a_cascade_finds_what_looking_at_everything_finds_for_a_part_of_the_read
     assert some.bytes_read < 0.6 * everything.bytes_read
 
 
+@given(chunks=st.integers(20, 90), seed=seeds, opened=st.floats(0.1, 1))
+def test_a_pyramid_scores_what_it_opens_as_no_pyramid_does(chunks: int, seed: int, opened: float) -> None:
+    keys, q = keys_and_query((2, 3, chunks, 8), seed)
+    flat, pyramid = SketchSelector(margin=1), SketchSelector(margin=1, opened=opened)
+    resident = Sketches(*resident_of(pyramid, keys))
+    coarse, scored, read = flat._coarse(q, Sketches(*resident_of(flat, keys)), 2)
+    some, fewer, less = pyramid._coarse(q, resident, 2)
+    ranges = -(-chunks // RANGE)
+    wide = max(math.ceil(opened * ranges), 1)
+    if wide >= ranges:
+        assert torch.equal(some, coarse)
+        assert (fewer, less) == (scored, read)
+        return
+    assert fewer == 2 * (ranges + wide * RANGE)
+    assert torch.isfinite(some).all()
+    same = (some == coarse).all(1)
+    by_range = torch.nn.functional.pad(same, (0, -chunks % RANGE), value=True).unflatten(1, (-1, RANGE)).all(2)
+    assert (by_range.sum(1) >= wide).all()
+
+
+def test_the_box_of_a_range_is_around_the_boxes_of_its_records() -> None:
+    keys, _ = keys_and_query((2, 1, 21, 16), 0)
+    keys[1, 9, 2, 3] = np.nan
+    kept = SketchSelector(opened=0.5).prepare(
+        {"sketch": ABSTRACTS["sketch"].build(keys, 21 * CT, "float32")[:4]}, CT, 16
+    )
+    assert kept.range_boxes.shape == (2, 3, 32)
+    for head, part in np.ndindex(2, 3):
+        own = keys[head, part * RANGE : (part + 1) * RANGE].reshape(-1, 16)
+        if np.isnan(own).any():
+            assert kept.range_scales[head, part].isinf()
+            continue
+        scale = kept.range_scales[head, part].item()
+        lo, hi = (kept.range_boxes[head, part].float() * scale).split(16)
+        step = 1.6 * abs(own).max() / 127  # half a step of its own, and one of its records'
+        assert np.allclose(lo, own.min(0), atol=step, rtol=0)
+        assert np.allclose(hi, own.max(0), atol=step, rtol=0)
+
+
 def test_what_a_sketch_does_not_know_is_read() -> None:
     keys, q = keys_and_query((1, 2, 8, 64), 0)
     keys[0, 5, 3, 7] = np.inf
-    for margin in (1.0, math.inf):
-        selector = SketchSelector(margin=margin)
+    for margin, opened in ((1.0, 1.0), (math.inf, 1.0), (1.0, 0.5)):
+        selector = SketchSelector(margin=margin, opened=opened)
         assert (selector.score(q, resident_of(selector, keys), 2).lse.argmax(-1) == 5).all()
 
 

@@ -17,7 +17,7 @@ from kvdb.runtime.selection.sketch_kernel import kernels
 q, boxes, scales = np.ones((1, 1, 8), np.float32), np.ones((1, 4, 16), np.int8), np.ones((1, 4), np.float32)
 codes, tokens, rows = np.zeros((1, 4, 2, 16), np.uint8), np.full(4, 16, np.int32), np.zeros((1, 2), np.int64)
 out = np.empty((1, 1, 2), np.float32)
-kernels(2).score(q, boxes, scales, codes, tokens, rows, out)
+kernels(2).score(q, boxes, scales, codes, tokens, rows, 1e4, out)
 print(out.ravel().tolist())
 """
 

@@ -1,0 +1,99 @@
+"""What boxes and codes say of records: compiled where numba is installed and on CPU, in torch elsewhere.
+
+A record of which a sketch knows nothing (scale inf) gets `SURE`: it must be read.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvdb.runtime.selection.sketch_kernel import Kernels
+
+SURE: Final = 1e4
+"""A logit above any real one."""
+
+
+@cache
+def kernels(bits: int) -> Kernels | None:
+    """For codes of so many planes; None without numba."""
+    try:
+        from kvdb.runtime.selection import sketch_kernel
+    except ImportError:
+        return None
+    return sketch_kernel.kernels(bits)
+
+
+def of_boxes(corners: Tensor, boxes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Sum of corners times lo and hi.
+
+    corners  (kv_heads, group, 2 * head_dim) float32
+    boxes    (kv_heads, n, 2 * head_dim) int8; scales (kv_heads, n) float32
+    bits     as for `kernels`
+    returns  (kv_heads, group, n) float32
+    """
+    heads, group, _ = corners.shape
+    whole = torch.zeros(heads, 1, dtype=torch.int64, device=corners.device)
+    return of_open_boxes(corners, boxes, scales, whole, boxes.shape[1], corners.new_zeros(heads, group, 1), bits)
+
+
+def of_open_boxes(
+    corners: Tensor, boxes: Tensor, scales: Tensor, runs: Tensor, length: int, around: Tensor, bits: int
+) -> Tensor:
+    """As `of_boxes`, of the boxes of some runs; all others get the score of their run, moved by how far those two differ on
+    average where both are known.
+
+    runs    (kv_heads, m) int64: run r is boxes [r * length, (r + 1) * length), as far as there are any
+    around  (kv_heads, group, runs in all) float32
+    """
+    heads, group, _ = corners.shape
+    n = boxes.shape[1]
+    if corners.device.type == "cpu" and (compiled := kernels(bits)) is not None:
+        out = corners.new_empty(heads, group, n)
+        arrays = (t.numpy() for t in (corners, boxes, scales, runs))
+        compiled.rank(*arrays, length, around.numpy(), SURE, out.numpy())
+        return out
+    unknown = scales.isinf()[:, None]
+    own = torch.bmm(corners, boxes.float().transpose(1, 2)) * scales[:, None].masked_fill(unknown, 0)
+    closed = torch.ones(heads, around.shape[2], dtype=torch.bool, device=boxes.device).scatter(1, runs, False)
+    closed = closed.repeat_interleave(length, 1)[:, None, :n]
+    around = around.repeat_interleave(length, 2)[..., :n]
+    both = ~(closed | unknown)
+    shift = ((own - around) * both).sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(closed, around + shift, own.masked_fill(unknown, SURE))
+
+
+def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Tensor, bits: int) -> Tensor:
+    """Log-sum-exp of records by the centres of their keys' cells.
+
+    q        (kv_heads, group, head_dim) float32, scaled
+    records  boxes, scales, codes, tokens as `SketchSelector.prepare` makes them
+    rows     (kv_heads, n) int64
+    returns  (kv_heads, group, n) float32
+    """
+    heads, n, dim = *rows.shape, q.shape[2]
+    if q.device.type == "cpu" and (compiled := kernels(bits)) is not None:
+        out = q.new_empty(heads, q.shape[1], n)
+        compiled.score(*(t.numpy() for t in (q.contiguous(), *records, rows.contiguous())), SURE, out.numpy())
+        return out
+    boxes, scales, codes, tokens = records
+    flat = (rows + boxes.shape[1] * torch.arange(heads, device=rows.device)[:, None]).ravel()
+    box, scale, planes = (
+        t.flatten(0, 1).index_select(0, flat).unflatten(0, (heads, n)) for t in (boxes, scales, codes)
+    )
+    unknown = scale.isinf()
+    lo, hi = (box.float() * scale.masked_fill(unknown, 0)[..., None])[:, :, None].split(dim, -1)
+    cell = (hi - lo) / 2**bits
+    eight = torch.arange(8, device=q.device)[:, None]
+    ones = planes.unflatten(3, (-1, 1, dim)) >> eight & 1  # [kv_heads, n, bits, eights, 8, head_dim]
+    weights = 1 << torch.arange(bits - 1, -1, -1, device=q.device)
+    place = (ones * weights[:, None, None, None]).sum(2).flatten(2, 3)
+    keys = torch.addcmul(lo + cell / 2, place.float(), cell)
+    logits = torch.bmm(q, keys.flatten(1, 2).transpose(1, 2)).unflatten(2, (n, -1))
+    padding = torch.arange(logits.shape[3], device=q.device) >= tokens[rows][:, None, :, None]
+    return torch.logsumexp(logits.masked_fill(padding, -math.inf), -1).masked_fill(unknown[:, None], SURE)
