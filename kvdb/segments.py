@@ -207,8 +207,10 @@ class SegmentWriter:
             by_token[:, kv, full:, :rest] = plane[:, None, full * ct :]
             by_token[:, kv, full:, rest:] = 0
         rows = self.codec.encode(records.reshape(chunks * g.kv_heads, 2, ct, g.head_dim))
+        kinds = {name: ABSTRACTS[name] for name in self.info.abstracts}
         exact_keys = as_float32(by_token[:, 0], geometry.dtype)
-        built = {name: ABSTRACTS[name].build(exact_keys, tokens, geometry.dtype) for name in self.info.abstracts}
+        exact_values = as_float32(by_token[:, 1], geometry.dtype) if any(k.of_values for k in kinds.values()) else None
+        built = {name: kind.build(exact_keys, tokens, geometry.dtype, exact_values) for name, kind in kinds.items()}
         self.append_rows(layer, rows, built, tokens)
 
     def append_rows(self, layer: int, rows: Array, abstracts: dict[str, Array], tokens: int) -> None:

@@ -34,7 +34,7 @@ from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, reg
 from kvdb.runtime.cache import KVDBCache, Prefix
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
 from kvdb.runtime.prefill import PrefillProgress, prefill
-from kvdb.runtime.selection import SELECTORS, Budget, Certified, Mass, Selector, StopRule
+from kvdb.runtime.selection import DEFAULT_SELECTOR, SELECTORS, Budget, Certified, Mass, Selector, StopRule
 from kvdb.segments import Segment
 from kvdb.store import KVDB, Match
 
@@ -51,7 +51,7 @@ def attach(
     certified: float | None = None,
     exact: bool = False,
     fidelity: str = EXACT,
-    selector: str = "box",
+    selector: str | Selector = DEFAULT_SELECTOR,
 ) -> Attachment:
     """Join a causal language model of transformers to a store. A context manager.
 
@@ -60,7 +60,7 @@ def attach(
     mass      instead of a budget: read records until this share of attention mass, as estimated, is attended to (top-p)
     certified instead of a budget: read until at most this share of every head's softmax mass is proven to be unread
     exact     attend to everything
-    selector  by name, see `kvdb.runtime.selection`
+    selector  by name or, for other settings, a member itself: see `kvdb.runtime.selection`
     fidelity  "exact" reuses only KV that dense attention computed; "any" also what was generated under a budget
     raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
     """
@@ -69,8 +69,10 @@ def attach(
         raise InvalidInput(f"attach: {' and '.join(chosen)}, expected one of them")
     if fidelity not in (EXACT, "any"):
         raise InvalidInput(f"attach: fidelity is {fidelity!r}, expected {EXACT!r} or 'any'")
-    if selector not in SELECTORS:
-        raise InvalidInput(f"attach: selector is {selector!r}, expected one of {sorted(SELECTORS)}")
+    if isinstance(selector, str) and selector in SELECTORS:
+        selector = SELECTORS[selector]()
+    if not isinstance(selector, Selector):
+        raise InvalidInput(f"attach: selector is {selector!r}, expected one of {sorted(SELECTORS)}, or a member itself")
     rule: StopRule | None = None
     if mass is not None:
         rule = Mass.of(mass)
@@ -78,7 +80,9 @@ def attach(
         rule = Certified.of(certified)
     elif not exact:
         rule = Budget.of(budget)
-    return Attachment(model, db, rule=rule, fidelity=fidelity, selector=SELECTORS[selector]())
+    if rule is not None:
+        rule.check(selector)
+    return Attachment(model, db, rule=rule, fidelity=fidelity, selector=selector)
 
 
 class Attachment:

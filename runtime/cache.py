@@ -24,7 +24,7 @@ from kvdb.reader import Reader
 from kvdb.runtime.history import History
 from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail
 from kvdb.runtime.metrics import Metrics
-from kvdb.runtime.selection import DENSE_BELOW, Forced, Plan, Scores, Selector, StopRule
+from kvdb.runtime.selection import DENSE_BELOW, Estimate, Forced, Plan, Scores, Selector, StopRule
 from kvdb.runtime.staging import Staging
 from kvdb.segments import Segment
 from kvdb.store import KVDB
@@ -257,9 +257,9 @@ class KVDBCache(Cache):
         self.metrics.mass_sum += float(mass)
         self.metrics.mass_samples += 1
 
-    def note_scores(self, scores: Scores, chosen: Plan) -> None:
+    def note_scores(self, scores: Scores, chosen: Plan, estimate: Estimate | None) -> None:
         self.metrics.ranges_evaluated += scores.evaluated
-        self.metrics.abstract_bytes_read += scores.bytes_read
+        self.metrics.abstract_bytes_read += scores.bytes_read + (0 if estimate is None else estimate.bytes_read)
         if chosen.unread_mass is not None:
             self.metrics.unread_mass_bound = max(self.metrics.unread_mass_bound or 0.0, float(chosen.unread_mass.max()))
 

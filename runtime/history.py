@@ -247,10 +247,11 @@ class History:
             with self._naming(part.segment):
                 stored = self._reader.stored_abstract(part.segment, name, layer, planes)[:, chunks]
         else:
-            k, _ = self._read_run([part], layer, part.first + chunks.start, part.first + chunks.stop)
-            keys = as_float32(storage_view(k.cpu()), self.geometry.dtype)
-            keys = keys.reshape(len(keys), -1, self.geometry.chunk_tokens, keys.shape[-1])
-            stored = kind.build(keys, keys.shape[1] * keys.shape[2], self.geometry.dtype)[:planes]
+            run = self._read_run([part], layer, part.first + chunks.start, part.first + chunks.stop)
+            ct, dtype = self.geometry.chunk_tokens, self.geometry.dtype
+            exact = (as_float32(storage_view(t.cpu()), dtype) for t in run)
+            keys, values = (t.reshape(len(t), -1, ct, t.shape[-1]) for t in exact)
+            stored = kind.build(keys, keys.shape[1] * ct, dtype, values)[:planes]
         return kind.load(stored, self._dims[layer], self.geometry.dtype).copy()
 
     # -- writing

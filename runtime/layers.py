@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvdb.errors import Unsupported
 from kvdb.runtime.history import FLUSH_TOKENS, History
 from kvdb.runtime.selection import Plan, covered_mass
-from kvdb.runtime.tiles import attend, attend_one, merge
+from kvdb.runtime.tiles import Partial, attend, attend_one, merge
 
 if TYPE_CHECKING:
     from kvdb.runtime.cache import KVDBCache
@@ -245,11 +245,14 @@ class FullLayer(_FixedShape, DynamicLayer):
         tail_lse = None
         if cache.rule.knows_tail or cache.sampling:
             tail_lse = torch.logsumexp(torch.bmm(exact_query, tail_k.float().transpose(1, 2)), -1)
-        scores = cache.rule.score(cache.selector, exact_query, row.resident(index, cache.selector), take)
+        resident = row.resident(index, cache.selector)
+        scores = cache.rule.score(cache.selector, exact_query, resident, take)
         chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, read)
-        cache.note_scores(scores, chosen)
+        estimate = cache.selector.estimate(exact_query, resident, scores, chosen)
+        cache.note_scores(scores, chosen, estimate)
+        beside = None if estimate is None else Partial(estimate.out[:, :, None], estimate.lse[..., None])
         if chosen.counts is not None:
-            return self._attend_each(row, query, chosen, tail_k, tail_v)
+            return self._attend_each(row, query, chosen, tail_k, tail_v, beside)
         if not parts:
             k, v = row.select(index, chosen.chunks)
             parts.append((k, v))
@@ -257,16 +260,20 @@ class FullLayer(_FixedShape, DynamicLayer):
                 assert tail_lse is not None
                 lse = _record_lse(exact_query, k, cache.geometry.chunk_tokens)
                 cache.note_mass(covered_mass(scores, chosen, lse, tail_lse))
-        return attend_one(query, [*parts, (tail_k, tail_v)])
+        return attend_one(query, [*parts, (tail_k, tail_v)], beside)
 
-    def _attend_each(self, row: History, query: Tensor, chosen: Plan, tail_k: Tensor, tail_v: Tensor) -> Tensor:
+    def _attend_each(
+        self, row: History, query: Tensor, chosen: Plan, tail_k: Tensor, tail_v: Tensor, beside: Partial | None
+    ) -> Tensor:
         """As many records for each KV head as its plan says: (kv_heads, group, head_dim)."""
         assert chosen.counts is not None
         read = row.select_each(self.stored.index, chosen.chunks, chosen.counts)
-        out = [
-            attend_one(query[h : h + 1], [(k[None], v[None]), (tail_k[h : h + 1], tail_v[h : h + 1])])
-            for h, (k, v) in enumerate(read)
-        ]
+        out = []
+        for head, (k, v) in enumerate(read):
+            this = slice(head, head + 1)
+            parts = [(k[None], v[None]), (tail_k[this], tail_v[this])]
+            of_head = None if beside is None else Partial(beside.out[this], beside.lse[this])
+            out.append(attend_one(query[this], parts, of_head))
         return torch.cat(out)
 
     def offload(self) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 class Metrics:
     """Counters of one cache, all rows together. Bytes are KV bytes requested from segments, abstracts not included.
 
-    ranges_evaluated        ranges and records that selectors scored, over all steps and layers; abstract_bytes_read: for that
+    ranges_evaluated        ranges and records that selectors scored, over all steps and layers; abstract_bytes_read: for that,
+                            and for estimates of what was not read
     unread_mass_bound       largest proven share of softmax mass left unread at any step; None: nothing was proven
-    mass_sum, mass_samples  covered attention mass, estimated on sampled steps (see selection)
+    mass_sum, mass_samples  attention mass of what was read, estimated on sampled steps (see selection)
     """
 
     prompt_tokens: int = 0

@@ -56,22 +56,27 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool
     return Partial(out, lse)
 
 
-def attend_one(q: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+def attend_one(q: Tensor, parts: list[tuple[Tensor, Tensor]], beside: Partial | None = None) -> Tensor:
     """Attention of one query per head over several parts at once: fewer, larger operations than `attend` and `merge`.
 
     q        (kv_heads, group, head_dim), already scaled
     parts    pairs k, v, each (kv_heads, tokens, head_dim), tokens > 0
+    beside   attention over other keys, whose queries are 1; an lse of -inf counts for nothing
     returns  (kv_heads, group, head_dim)
     """
     if q.dtype != torch.float32 and q.device.type == "cpu":  # half-precision products are 1.5-3.6x slower on CPU
-        return merge([attend(q[:, :, None], k, v, scale=1.0) for k, v in parts]).out[:, :, 0].to(q.dtype)
+        exact = [attend(q[:, :, None], k, v, scale=1.0) for k, v in parts]
+        return merge(exact if beside is None else [*exact, beside]).out[:, :, 0].to(q.dtype)
     scores = torch.cat([torch.bmm(q, k.transpose(1, 2)) for k, _ in parts], -1)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
     shares = weights.split([k.shape[1] for k, _ in parts], -1)
     out = torch.bmm(shares[0], parts[0][1])
     for share, (_, v) in zip(shares[1:], parts[1:], strict=True):
         out = torch.baddbmm(out, share, v)
-    return out
+    if beside is None:
+        return out
+    lse = torch.logsumexp(scores.float(), -1)
+    return merge([Partial(out[:, :, None], lse[..., None]), beside]).out[:, :, 0].to(q.dtype)
 
 
 def merge(parts: list[Partial]) -> Partial:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kvdb.runtime import Attachment
+    from kvdb.runtime.selection import Selector
     from kvdb.tools.models import LoadedModel
 
 
@@ -82,6 +83,7 @@ def ask(
     mass: float | None,
     certified: float | None,
     exact: bool,
+    selector: str | None,
     max_new_tokens: int,
     name: str | None,
     ttl: str | None,
@@ -94,6 +96,7 @@ def ask(
 
     document  a path or "-"
     budget    a share or a number of tokens, as text
+    selector  a name, or a name with settings; None: the default
     opening   options of `KVDB.open`
     """
     limit = check_limits(budget, mass, certified, exact=exact)
@@ -114,6 +117,7 @@ def ask(
         raise InvalidInput(f"--stats {stats}: no folder {stats.parent}, expected an existing one")
 
     console = stderr_console()
+    chosen = _selector(selector, certified, console)
     loaded = load(model, console, threads)
     prompt = build_prompt(loaded.tokenizer, text, question)
     _check_context(loaded, prompt, max_new_tokens)
@@ -124,7 +128,7 @@ def ask(
     started = time.perf_counter()
     with (
         KVDB.open(store, **opening) as db,
-        attach(loaded.model, db, budget=limit, mass=mass, certified=certified, exact=exact) as kv,
+        attach(loaded.model, db, budget=limit, mass=mass, certified=certified, exact=exact, selector=chosen) as kv,
     ):
         result, shown = _answer(kv, loaded, prompt, max_new_tokens, keep, console, as_json, started)
     if stats is not None:
@@ -180,6 +184,17 @@ def parse_budget(text: str | None) -> float | int | None:
         raise InvalidInput(
             f"--budget {text}: expected a share above 0 and up to 1.0, such as 0.2, or a number of tokens such as 2048"
         )
+    return found
+
+
+def _selector(text: str | None, certified: float | None, console: Console) -> Selector:
+    """raises  InvalidInput; Unsupported for one that cannot prove what is asked"""
+    with console.status("loading torch and transformers"):
+        from kvdb.runtime.selection import DEFAULT_SELECTOR, Certified
+        from kvdb.tools.selectors import parse_selector
+    found = parse_selector(text or DEFAULT_SELECTOR)
+    if certified is not None:
+        Certified.of(certified).check(found)
     return found
 
 

@@ -132,6 +132,14 @@ def ask(
         ),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Attend to everything.")] = False,
+    selector: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:SETTING=VALUE,...]",
+            help="By what is chosen: sketch, box, mean, centroid or another package's, with settings as in sketch:bits=4.",
+            show_default="sketch",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 200,
     name: Annotated[
         str | None,
@@ -174,6 +182,7 @@ def ask(
         mass=mass,
         certified=certified,
         exact=exact,
+        selector=selector,
         max_new_tokens=max_new_tokens,
         name=name,
         ttl=ttl,
@@ -340,9 +349,9 @@ def eval_(
     selector: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME",
-            help="box, sketch, ..., with settings as in box:beta=1; may be repeated.",
-            show_default="all",
+            metavar="NAME[:SETTING=VALUE,...]",
+            help="box, sketch, mean, centroid, oracle or another package's, with settings as in box:beta=1; may be repeated.",
+            show_default="all of ours",
         ),
     ] = None,
     budget: Annotated[

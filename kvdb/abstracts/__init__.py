@@ -6,8 +6,10 @@ from typing import Final
 
 from kvdb.abstracts.base import Abstract
 from kvdb.abstracts.box import Box
+from kvdb.abstracts.centroid import Centroid
+from kvdb.abstracts.mean import Mean
 from kvdb.abstracts.sketch import Sketch
 
-ABSTRACTS: Final[dict[str, Abstract]] = {abstract.name: abstract for abstract in (Box(), Sketch())}
+ABSTRACTS: Final[dict[str, Abstract]] = {abstract.name: abstract for abstract in (Box(), Sketch(), Mean(), Centroid())}
 
-__all__ = ["ABSTRACTS", "Abstract", "Box", "Sketch"]
+__all__ = ["ABSTRACTS", "Abstract", "Box", "Centroid", "Mean", "Sketch"]

@@ -1,6 +1,6 @@
 """What an abstract is: the small summary of a record from which its importance to a query is estimated unread.
 
-Abstracts are computed from exact keys while a segment is written, and stored beside it as an array of their own: per
+Abstracts are computed from exact keys, some from values too, while a segment is written, and stored beside it as an array of their own: per
 layer one or more *planes*, each with a row of bytes for every record. The first planes are of use without the others, and
 can be read and verified without them. The engine moves bytes; only an abstract knows what they mean. How a query is
 scored against one is the business of `kvdb.runtime.selection`.
@@ -31,11 +31,17 @@ class Form(NamedTuple):
 
 
 class Abstract(ABC):
-    """Contract. One instance per kind; stateless."""
+    """Contract. One instance per kind; stateless.
+
+    The table is closed: packages cannot add to it. A segment names its abstracts, and whoever verifies, repairs, compacts or moves
+    it must know the size of their rows; a name in a file must mean the same everywhere, and must not decide what code is loaded.
+    """
 
     name: ClassVar[str]
     planes: ClassVar[int]
     """Contiguous pieces of a layer. Who reads the first n of them has a coarser abstract."""
+    of_values: ClassVar[bool] = False
+    """Whether it summarises values beside keys."""
 
     @abstractmethod
     def row_bytes(self, chunk_tokens: int, head_dim: int, itemsize: int) -> int:
@@ -46,12 +52,13 @@ class Abstract(ABC):
         """How the planes of `chunks` chunks of one layer look as an array of four dimensions, in the order they lie."""
 
     @abstractmethod
-    def build(self, keys: Array, tokens: int, dtype: str) -> Array:
-        """Summarise keys. Modifies nothing; a record's rows follow from its own keys alone.
+    def build(self, keys: Array, tokens: int, dtype: str, values: Array | None = None) -> Array:
+        """Summarise records. Modifies nothing; a record's rows follow from its own keys and values alone.
 
         keys     (kv_heads, chunks, chunk_tokens, head_dim) float32, after RoPE; only the first `tokens` tokens count,
                  the rest of the last chunk is padding
-        dtype    the KV dtype, which represents every key
+        dtype    the KV dtype, which represents every key and value
+        values   as keys; may be None unless it is an abstract `of_values`, since to convert them costs time
         returns  (planes, chunks, kv_heads, row_bytes) uint8, C-contiguous, as it is stored
         """
 

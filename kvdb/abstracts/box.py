@@ -28,7 +28,7 @@ class Box(Abstract):
         g = geometry.groups[group]
         return Form(("chunk", "head", "part", "dim"), (chunks, g.kv_heads, 2, g.head_dim), geometry.dtype)
 
-    def build(self, keys: Array, tokens: int, dtype: str) -> Array:
+    def build(self, keys: Array, tokens: int, dtype: str, values: Array | None = None) -> Array:
         heads, chunks, chunk_tokens, dim = keys.shape
         box = np.empty((1, chunks, heads, 2, dim), np.float32)
         full = tokens // chunk_tokens

@@ -54,7 +54,7 @@ class Sketch(Abstract):
         row = self.row_bytes(geometry.chunk_tokens, g.head_dim, geometry.storage_dtype.itemsize)
         return Form(("plane", "chunk", "head", "byte"), (self.planes, chunks, g.kv_heads, row), "uint8")
 
-    def build(self, keys: Array, tokens: int, dtype: str) -> Array:
+    def build(self, keys: Array, tokens: int, dtype: str, values: Array | None = None) -> Array:
         heads, chunks, chunk_tokens, dim = keys.shape
         stored = np.zeros((self.planes, chunks, heads, self.row_bytes(chunk_tokens, dim, 0)), np.uint8)
         step = max(1, _BLOCK_BYTES // (4 * heads * chunk_tokens * dim))

@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from kvdb.errors import InvalidInput
+from kvdb.errors import InvalidInput, Unsupported
 from kvdb.runtime.selection.base import Forced, Scores, Selector
 
 DEFAULT_SHARE, DEFAULT_TOKENS = 0.1, 2048
@@ -47,6 +47,14 @@ class Plan(NamedTuple):
         """Records read, all KV heads together."""
         return self.chunks.numel() if self.counts is None else int(self.counts.sum())
 
+    def read(self, chunks: int) -> Tensor:
+        """(kv_heads, chunks) of bool: which records of a history of `chunks` are read."""
+        heads, n = self.chunks.shape
+        taken = self.chunks.new_ones(heads, n, dtype=torch.bool)
+        if self.counts is not None:
+            taken = torch.arange(n, device=self.chunks.device) < self.counts[:, None]
+        return torch.zeros_like(taken[:, :1]).repeat(1, chunks).scatter_(1, self.chunks, taken)
+
 
 Read = Callable[[Tensor], Tensor]
 """True log-sum-exp of records: chunks (kv_heads, n) -> (kv_heads, group, n); reads them."""
@@ -66,6 +74,10 @@ class StopRule(ABC):
     @abstractmethod
     def look_at(self, chunks: int, chunk_tokens: int) -> int:
         """About how many records per KV head will be read of a history of `chunks`; `chunks` when all will."""
+
+    def check(self, selector: Selector) -> None:
+        """raises  Unsupported for a selector that cannot tell what the rule needs to know"""
+        return
 
     def score(self, selector: Selector, q: Tensor, resident: tuple[Tensor, ...], take: int) -> Scores:
         """The selector's scores, with what the rule needs to know."""
@@ -181,6 +193,13 @@ class Certified(StopRule):
 
     def look_at(self, chunks: int, chunk_tokens: int) -> int:
         return chunks - 1 if chunks > 1 else 1  # every record needs its bound
+
+    def check(self, selector: Selector) -> None:
+        if not selector.proves:
+            raise Unsupported(
+                f"certified={self.epsilon:g}: selector {selector.name!r} proves no bounds, expected one that does, such as 'box' or "
+                "'sketch'; choose another, or a budget or a mass"
+            )
 
     def score(self, selector: Selector, q: Tensor, resident: tuple[Tensor, ...], take: int) -> Scores:
         return selector.score(q, resident, take, ceilings=True)

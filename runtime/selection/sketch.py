@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvdb.abstracts.sketch import corners
+from kvdb.abstracts.sketch import BITS, corners
+from kvdb.errors import InvalidInput
 from kvdb.geometry import div_ceil
-from kvdb.runtime.selection.base import Array, Resident, Scores, Selector
-from kvdb.runtime.selection.sketch_scores import SURE, of_boxes, of_codes, of_open_boxes
+from kvdb.runtime.selection.base import SURE, Array, Resident, Scores, Selector
+from kvdb.runtime.selection.sketch_scores import of_boxes, of_codes, of_open_boxes
 
 RANGE: Final = 8
 """Records of a range."""
@@ -57,6 +58,8 @@ class SketchSelector(Selector):
     beta    share of the radius in a box's score
     margin  records to look at closely, as a multiple of those that will be read; inf: all of them
     opened  share of the ranges whose boxes are scored; 1: all, and ranges need no scores
+
+    raises  InvalidInput for other numbers
     """
 
     name: ClassVar[str] = "sketch"
@@ -64,6 +67,15 @@ class SketchSelector(Selector):
     beta: float = 0.5
     margin: float = 6.0
     opened: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= BITS:
+            raise InvalidInput(f"selector 'sketch': bits is {self.bits}, expected 1..{BITS}")
+        if not self.beta >= 0 or not self.margin > 0 or not 0 < self.opened <= 1:
+            raise InvalidInput(
+                f"selector 'sketch': beta {self.beta}, margin {self.margin}, opened {self.opened}, expected beta at least 0, a "
+                "margin above 0 and a share to open, 0 < opened <= 1"
+            )
 
     @property
     def abstracts(self) -> dict[str, int | None]:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvdb.runtime.selection.base import SURE
+
 if TYPE_CHECKING:
     from kvdb.runtime.selection.sketch_kernel import Kernels
-
-SURE: Final = 1e4
-"""A logit above any real one."""
 
 
 @cache

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DTYPES, HEAD_DIMS, Array, finite_kv, seeds
 
 from kvdb.abstracts import ABSTRACTS, Abstract, Sketch
+from kvdb.abstracts.mean import as_stored
 from kvdb.abstracts.sketch import BITS, unpack
 from kvdb.errors import InvalidInput
 from kvdb.geometry import STORAGE_DTYPES, Geometry, LayerGroup, as_float32, div_ceil
@@ -51,6 +53,15 @@ def real_keys(draw: st.DrawFn) -> tuple[Array, int]:
     return keys, tokens
 
 
+def values_of(keys: Array) -> Array:
+    """Other numbers of the same dtypes, each token's from its own key."""
+    return np.ascontiguousarray(keys[..., ::-1]) * np.float32(-0.5)
+
+
+def build(abstract: Abstract, keys: Array, tokens: int, dtype: str) -> Array:
+    return abstract.build(keys, tokens, dtype, values_of(keys) if abstract.of_values else None)
+
+
 def box_of(keys: Array, tokens: int) -> Array:
     """(chunks, kv_heads, 2, head_dim), as scorers get it."""
     box = ABSTRACTS["box"]
@@ -68,18 +79,19 @@ def test_an_abstract_is_in_the_table_under_its_name(abstract: Abstract) -> None:
 @every_abstract
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(given_keys=keys_and_tokens())
-def test_an_abstract_has_its_declared_size_and_leaves_the_keys_alone(
+def test_an_abstract_has_its_declared_size_and_leaves_keys_and_values_alone(
     abstract: Abstract, dtype: str, given_keys: tuple[Array, int]
 ) -> None:
     keys, tokens = given_keys
-    before = keys.copy()
-    built = abstract.build(keys, tokens, dtype)
+    values, before = values_of(keys), keys.copy()
+    built = abstract.build(keys, tokens, dtype, values)
     heads, chunks, chunk_tokens, dim = keys.shape
     row = abstract.row_bytes(chunk_tokens, dim, STORAGE_DTYPES[dtype].itemsize)
     assert built.shape == (abstract.planes, chunks, heads, row)
     assert built.dtype == np.uint8
     assert built.flags.c_contiguous
     assert np.array_equal(keys, before)
+    assert np.array_equal(values, values_of(before))
 
 
 @every_abstract
@@ -93,7 +105,7 @@ def test_the_form_zarr_shows_is_the_stored_bytes(abstract: Abstract, dtype: str,
     form = abstract.form(chunks, geometry, 0)
     assert len(form.dimensions) == len(form.shape) == 4
     itemsize = 1 if form.dtype == "uint8" else STORAGE_DTYPES[form.dtype].itemsize
-    assert np.prod(form.shape) * itemsize == abstract.build(keys, tokens, dtype).nbytes
+    assert np.prod(form.shape) * itemsize == build(abstract, keys, tokens, dtype).nbytes
 
 
 @every_abstract
@@ -103,8 +115,8 @@ def test_padding_never_shows_in_an_abstract(abstract: Abstract, given_keys: tupl
     heads, chunks, chunk_tokens, dim = keys.shape
     noisy = keys.reshape(heads, chunks * chunk_tokens, dim).copy()
     noisy[:, tokens:] = noise
-    expected = abstract.build(keys, tokens, "float32")
-    assert np.array_equal(abstract.build(noisy.reshape(keys.shape), tokens, "float32"), expected)
+    expected = build(abstract, keys, tokens, "float32")
+    assert np.array_equal(build(abstract, noisy.reshape(keys.shape), tokens, "float32"), expected)
 
 
 @every_abstract
@@ -115,10 +127,10 @@ def test_an_abstract_is_the_same_however_appends_were_cut(
     keys, tokens = given_keys
     chunk_tokens = keys.shape[2]
     cut = min(at // chunk_tokens, (tokens - 1) // chunk_tokens)
-    parts = [abstract.build(keys[:, cut:], tokens - cut * chunk_tokens, "float32")]
+    parts = [build(abstract, keys[:, cut:], tokens - cut * chunk_tokens, "float32")]
     if cut:
-        parts.insert(0, abstract.build(keys[:, :cut], cut * chunk_tokens, "float32"))
-    assert np.array_equal(np.concatenate(parts, axis=1), abstract.build(keys, tokens, "float32"))
+        parts.insert(0, build(abstract, keys[:, :cut], cut * chunk_tokens, "float32"))
+    assert np.array_equal(np.concatenate(parts, axis=1), build(abstract, keys, tokens, "float32"))
 
 
 @every_abstract
@@ -126,20 +138,69 @@ def test_an_abstract_of_many_keys_is_that_of_each_of_them(abstract: Abstract) ->
     """More than are summarised at a time."""
     keys = np.random.default_rng(0).normal(size=(3, 300, 16, 64)).astype(np.float32)
     tokens = 300 * 16 - 5
-    built = abstract.build(keys, tokens, "float32")
+    built = build(abstract, keys, tokens, "float32")
     for chunk in (0, 1, 84, 85, 86, 170, 298, 299):
         own = min(16, tokens - chunk * 16)
-        assert np.array_equal(built[:, chunk : chunk + 1], abstract.build(keys[:, chunk : chunk + 1], own, "float32"))
+        assert np.array_equal(built[:, chunk : chunk + 1], build(abstract, keys[:, chunk : chunk + 1], own, "float32"))
 
 
 @every_abstract
 @given(given_keys=real_keys())
 def test_a_few_planes_load_as_the_beginning_of_all(abstract: Abstract, given_keys: tuple[Array, int]) -> None:
     keys, tokens = given_keys
-    dim, stored = keys.shape[-1], abstract.build(keys, tokens, "float32")
+    dim, stored = keys.shape[-1], build(abstract, keys, tokens, "float32")
     whole = abstract.load(stored, dim, "float32")
     for planes in range(1, abstract.planes):
         assert np.array_equal(abstract.load(stored[:planes], dim, "float32"), whole[:planes])
+
+
+# -- means, by NumPy in float64 and torch's rounding
+
+
+@every_abstract
+@given(given_keys=keys_and_tokens())
+def test_values_count_for_nothing_unless_an_abstract_says_so(abstract: Abstract, given_keys: tuple[Array, int]) -> None:
+    keys, tokens = given_keys
+    values = values_of(keys)
+    same = np.array_equal(
+        abstract.build(keys, tokens, "float32", values), abstract.build(keys, tokens, "float32", values + 1)
+    )
+    assert same != abstract.of_values
+
+
+@pytest.mark.parametrize("name", ["mean", "centroid"])
+@given(given_keys=real_keys())
+def test_a_mean_is_that_of_the_records_own_tokens(name: str, given_keys: tuple[Array, int]) -> None:
+    keys, tokens = given_keys
+    _, chunks, chunk_tokens, dim = keys.shape
+    abstract = ABSTRACTS[name]
+    loaded = abstract.load(build(abstract, keys, tokens, "float32"), dim, "float32")
+    for plane, vectors in zip(loaded, (keys, values_of(keys)), strict=False):
+        for chunk in range(chunks):
+            own = vectors[:, chunk, : min(chunk_tokens, tokens - chunk * chunk_tokens)].astype(np.float64)
+            error = (len(own[0]) + 2) * np.finfo(np.float32).eps * abs(own).mean(1)
+            assert (abs(plane[chunk] - own.mean(1)) <= error).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40), coarse=st.booleans())
+def test_means_are_stored_as_the_nearest_numbers_of_the_dtype(dtype: str, bits: list[int], coarse: bool) -> None:
+    means = np.array([b & 0xFFFF_8000 if coarse else b for b in bits], np.uint32).view(np.float32)  # coarse: many ties
+    means = np.where(abs(means) <= 60000 if dtype == "float16" else np.isfinite(means), means, np.float32(np.inf))
+    expected = torch.from_numpy(means).to(getattr(torch, dtype)).float().numpy()
+    assert np.array_equal(as_float32(as_stored(means, dtype).view(STORAGE_DTYPES[dtype]), dtype), expected)
+
+
+@pytest.mark.parametrize("name", ["mean", "centroid"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_vector_that_is_not_finite_shows_in_the_mean_of_its_record_alone(name: str, dtype: str, bad: float) -> None:
+    keys = np.random.default_rng(0).normal(size=(2, 3, 16, 8)).astype(np.float32)
+    keys[1, 2, 5, 7] = bad
+    abstract = ABSTRACTS[name]
+    finite = np.isfinite(abstract.load(build(abstract, keys, 48, dtype), 8, dtype))
+    assert (~finite).sum() == abstract.planes
+    assert not finite[:, 2, 1].all(-1).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -71,12 +71,13 @@ def place(tmp_path: Path) -> Place:
 
 def built(abstract: Abstract, tokens: Array, layer: int) -> Array:
     """The stored bytes of a layer's abstract, (planes, chunks, kv_heads, row_bytes)."""
-    keys = as_float32(model_kv(TWO_GROUPS, tokens, 0, len(tokens), salt="exact")[layer][0], DTYPE)
-    heads, count, dim = keys.shape
+    both = as_float32(np.stack(model_kv(TWO_GROUPS, tokens, 0, len(tokens), salt="exact")[layer]), DTYPE)
+    _, heads, count, dim = both.shape
     chunks = TWO_GROUPS.chunks(count)
-    padded = np.zeros((heads, chunks * 16, dim), np.float32)
-    padded[:, :count] = keys
-    return abstract.build(padded.reshape(heads, chunks, 16, dim), count, DTYPE)
+    padded = np.zeros((2, heads, chunks * 16, dim), np.float32)
+    padded[:, :, :count] = both
+    keys, values = padded.reshape(2, heads, chunks, 16, dim)
+    return abstract.build(keys, count, DTYPE, values)
 
 
 def dim_of(layer: int) -> int:
@@ -174,7 +175,7 @@ def test_planes_that_an_abstract_does_not_have_are_refused(place: Place, reader:
 def test_an_abstract_that_a_segment_does_not_have_is_refused(tmp_path: Path, reader: Reader) -> None:
     with opened(tmp_path / "s") as db:
         segment = extend(db, TOKENS, geometry=TWO_GROUPS).last
-        for name in ("sketch", "mean"):
+        for name in ("sketch", "median"):
             with pytest.raises(InvalidInput, match=rf"abstract '{name}', expected one of \('box',\)"):
                 reader.abstract(segment, name, 0)
 

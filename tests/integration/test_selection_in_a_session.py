@@ -15,7 +15,9 @@ from tiny_models import greedy, prompt, tiny
 from torch import Tensor
 
 from kvdb import KVDB
+from kvdb.errors import InvalidInput, Unsupported
 from kvdb.runtime import attach
+from kvdb.runtime.selection import SELECTORS, CentroidSelector
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 TOKENS = 1500
@@ -31,9 +33,15 @@ def logits(model: Any, cache: Any, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: next(iter(rule)))
-@pytest.mark.parametrize("selector", ["box", "sketch"])
-def test_every_selector_serves_every_rule(db: KVDB, architecture: str, selector: str, rule: dict[str, Any]) -> None:
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_every_selector_serves_every_rule_or_refuses_it_at_once(
+    db: KVDB, architecture: str, selector: str, rule: dict[str, Any]
+) -> None:
     model, ids = tiny(architecture), prompt(TOKENS)
+    if "certified" in rule and not SELECTORS[selector].proves:
+        with pytest.raises(Unsupported, match=rf"certified=0\.2: selector '{selector}' proves no bounds, expected one"):
+            attach(model, db, selector=selector, **rule)
+        return
     with attach(model, db, selector=selector, **rule) as kv:
         cache = kv.cache(ids)
         assert greedy(model, ids, cache, 16).shape == (1, 16)
@@ -76,7 +84,9 @@ def test_a_tight_certificate_gives_the_dense_answer(db: KVDB, selector: str) -> 
     assert (found - dense).abs().max() <= 1e-4 * dense.abs().max()
 
 
-@pytest.mark.parametrize(("stored", "asked"), [("box", "sketch"), ("sketch", "box")])
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("box", "sketch"), ("sketch", "box"), ("box", "centroid"), ("centroid", "mean")]
+)
 def test_an_abstract_that_is_not_stored_is_made_from_the_keys(tmp_path: Path, stored: str, asked: str) -> None:
     model, ids = tiny("llama"), prompt(TOKENS)
     found = []
@@ -91,6 +101,17 @@ def test_an_abstract_that_is_not_stored_is_made_from_the_keys(tmp_path: Path, st
     assert torch.equal(*found)
 
 
+def test_a_selector_may_be_given_with_its_settings(db: KVDB) -> None:
+    model, ids = tiny("llama"), prompt(TOKENS)
+    found = {}
+    for selector in ("centroid", CentroidSelector(), CentroidSelector(estimated=0.0)):
+        with attach(model, db, budget=0.2, selector=selector) as kv:
+            found[str(selector)] = logits(model, kv.cache(ids), ids)
+    by_name, same, other = found.values()
+    assert torch.equal(by_name, same)
+    assert not torch.equal(by_name, other)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -98,10 +119,9 @@ def test_an_abstract_that_is_not_stored_is_made_from_the_keys(tmp_path: Path, st
         ({"certified": 0.1, "exact": True}, r"certified=0\.1 and exact=True, expected one of them"),
         ({"mass": 1.0}, r"mass: 1\.0, expected a share between 0 and 1"),
         ({"certified": 0}, r"certified: 0, expected a share between 0 and 1"),
+        ({"selector": "bag"}, r"selector is 'bag', expected one of \['box', 'centroid', 'mean', 'sketch'\]"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(db: KVDB, wrong: dict[str, Any], message: str) -> None:
-    from kvdb.errors import InvalidInput
-
     with pytest.raises(InvalidInput, match=message):
         attach(tiny("llama"), db, **wrong)

@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from tiny_models import byte_tokenizer
 
 from kvdb.errors import InvalidInput
-from kvdb.runtime.selection import BoxSelector, SketchSelector
+from kvdb.runtime.selection import BoxSelector, CentroidSelector, SketchSelector
 from kvdb.tools.evaluate.greedy import agreeing, greedy
 from kvdb.tools.evaluate.measure import distance
 from kvdb.tools.evaluate.needles import ANSWER_TOKENS, DEPTHS, needle
-from kvdb.tools.evaluate.oracle import KEYS, Oracle
+from kvdb.tools.evaluate.oracle import JUDGED, KEYS, Oracle
 from kvdb.tools.evaluate.plot import svg
 from kvdb.tools.evaluate.report import Answered, LayerCost, Quality, Report, Row
-from kvdb.tools.evaluate.selectors import JUDGED, parse_selector
 from kvdb.tools.evaluate.texts import TEXTS, text_ids
+from kvdb.tools.selectors import parse_selector
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -125,13 +125,31 @@ def test_a_selector_is_named_with_its_settings() -> None:
     assert parse_selector("box") == BoxSelector()
     assert parse_selector("box:beta=1") == BoxSelector(beta=1.0)
     assert parse_selector("sketch:bits=4,margin=inf") == SketchSelector(bits=4, margin=math.inf)
-    assert {parse_selector(name).name for name in JUDGED} == set(JUDGED)
+    assert parse_selector("centroid:estimated=0.5") == CentroidSelector(estimated=0.5)
+    assert {parse_selector(name, JUDGED).name for name in JUDGED} == set(JUDGED)
 
 
-@pytest.mark.parametrize("wrong", ["bag", "box:gamma=1", "box:beta=many", "sketch:bits=2.5", "oracle:beta=1", ""])
+WRONG = [
+    "bag",
+    "box:gamma=1",
+    "box:beta=many",
+    "sketch:bits=2.5",
+    "oracle:beta=1",
+    "mean:beta=1",
+    "centroid:estimated=1.5",
+    "",
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_an_unknown_selector_or_setting_is_refused_with_what_there_is(wrong: str) -> None:
     with pytest.raises(InvalidInput, match="expected"):
-        parse_selector(wrong)
+        parse_selector(wrong, JUDGED)
+
+
+def test_only_the_judge_has_the_oracle() -> None:
+    with pytest.raises(InvalidInput, match="no selector 'oracle', expected one of sketch, box, mean, centroid"):
+        parse_selector("oracle")
 
 
 # -- texts

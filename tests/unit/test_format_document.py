@@ -277,6 +277,30 @@ def test_the_sketch_read_by_the_document_holds_the_keys(tmp_path: Path) -> None:
             assert (own <= lo * scale + width * ((u[: len(own)] + 1) / 16 + 2**-20)).all()
 
 
+@pytest.mark.parametrize("abstract", ["mean", "centroid"])
+def test_the_means_read_by_the_document_are_those_of_keys_and_values(tmp_path: Path, abstract: str) -> None:
+    with opened(tmp_path / "s") as db:
+        writer = write_segment(db, TOKENS[:50], geometry=TWO_GROUPS, spare=2, abstracts=(abstract,))
+        db.put_sequence(db.commit(writer, TOKENS[:50]).segment, 50)
+    ((segment, entry),) = table(tmp_path / "s", "segments").items()
+    info, planes = entry["info"], {"mean": 1, "centroid": 2}[abstract]
+    for group, g in enumerate(info["geometry"]["groups"]):
+        slots = info["capacity"]
+        data = (tmp_path / "s" / "chunks" / f"{segment}.{abstract}{group}" / "c.0.0.0.0.0").read_bytes()
+        found = np.frombuffer(data, "<f2").reshape(len(g["layers"]), planes, slots, g["kv_heads"], g["head_dim"])
+        kv = read_shard(tmp_path / "s", info, group)[0].astype(np.float64)  # [layer, head, kv, token, dim]
+        for plane, chunk in np.ndindex(planes, slots):
+            own = kv[:, :, plane, chunk * 16 : chunk * 16 + 16]
+            if not own.shape[2]:
+                assert not found[:, plane, chunk].any()
+                continue
+            exact = own.mean(
+                2
+            )  # of multiples of 1/16 below 8: exact in float64, and the nearest float16 is one rounding away
+            half_a_step = np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64) / 2
+            assert (np.abs(found[:, plane, chunk] - exact) <= half_a_step * (1 + 1e-3)).all()
+
+
 def test_identities_are_addressed_by_the_documented_digest(root: Path) -> None:
     for key, fields in table(root, "identities").items():
         tags = [(tag, fields[tag]) for tag in ("weights", "dtype", "salt", "semantics")]

@@ -145,6 +145,24 @@ def test_one_query_over_several_parts_agrees_with_dense_attention(
     assert np.abs(exact(found) - out[:, :, 0]).max() <= tolerances(*arrays, 1.0, dtype, len(parts))[0]
 
 
+@given(shapes, st.lists(st.integers(1, 40), min_size=2, max_size=4), seeds, dtypes)
+def test_what_lies_beside_counts_as_the_keys_it_comes_from(
+    shape: tuple[int, int, int, int], lengths: list[int], seed: int, dtype: torch.dtype
+) -> None:
+    heads, group, _, dim = shape
+    q, k, v = drawn(seed, heads, group, 1, sum(lengths), dim, dtype)
+    *parts, (far_k, far_v) = zip(k.split(lengths, 1), v.split(lengths, 1), strict=True)
+    found = attend_one(q[:, :, 0], parts, attend(q, far_k, far_v, scale=1.0))
+    arrays = exact(q), exact(k), exact(v)
+    out, _ = dense(*arrays, 1.0)
+    assert found.dtype == dtype
+    assert np.abs(exact(found) - out[:, :, 0]).max() <= tolerances(*arrays, 1.0, dtype, len(lengths))[0]
+    nothing = Partial(torch.zeros(heads, group, 1, dim), torch.full((heads, group, 1), -torch.inf))
+    pair = list(zip(k.split(lengths, 1), v.split(lengths, 1), strict=True))
+    tolerance = tolerances(*arrays, 1.0, dtype, len(lengths) + 1)[0]
+    assert (attend_one(q[:, :, 0], pair, nothing) - attend_one(q[:, :, 0], pair)).abs().max() <= tolerance
+
+
 @pytest.mark.parametrize("far", [-300.0, 300.0])
 def test_parts_of_very_different_weight_merge_without_overflow(far: float) -> None:
     """exp(300) is infinite in float32: the merge must never take it."""

@@ -52,23 +52,25 @@ def evaluate(
         from kvdb.runtime.selection import Budget, Certified, Mass
         from kvdb.tools.bench.setup import machine
         from kvdb.tools.evaluate.judge import Trial, judge
+        from kvdb.tools.evaluate.oracle import JUDGED
         from kvdb.tools.evaluate.plot import svg
         from kvdb.tools.evaluate.report import layers_table, table
-        from kvdb.tools.evaluate.selectors import JUDGED, parse_selector
         from kvdb.tools.evaluate.texts import TEXTS
+        from kvdb.tools.selectors import parse_selector
 
     rules: list[StopRule] = [
         *(Budget.of(limit) for limit in limits),
         *(Mass.of(mass) for mass in masses or ()),
         *(Certified.of(epsilon) for epsilon in certified or ()),
     ]
+    able = [name for name, kind in JUDGED.own.items() if kind.proves or not certified]
     for text in texts or ():
         if text not in TEXTS:
             read_document(text)
     trial = Trial(
         tokens=tokens or [DEFAULT_TOKENS],
         positions=positions,
-        selectors={name: parse_selector(name) for name in selectors or JUDGED},
+        selectors={name: parse_selector(name, JUDGED) for name in selectors or able},
         rules=rules,
         texts=texts or list(TEXTS),
         needles=needles,

@@ -26,6 +26,7 @@ from kvdb.errors import Unsupported
 from kvdb.runtime.attention import CHANGES_ATTENTION
 from kvdb.runtime.cache import MASS_EVERY
 from kvdb.runtime.selection import Forced, Resident, Selector, StopRule, covered_mass
+from kvdb.runtime.tiles import Partial
 from kvdb.tools.evaluate.past import Past
 
 IMPLEMENTATION: Final = "kvdb-eval"
@@ -45,11 +46,11 @@ class Selecting(NamedTuple):
 class Cost:
     """What one layer cost, summed over the positions of a pass.
 
-    mass            true share of attention mass that was attended to, mean over query heads
+    mass            true share of attention mass that was read, mean over query heads
     estimate        the same as the runtime estimates it, over `estimates` of the positions
     records         stored records read, all KV heads together
     evaluated       ranges and records that were scored
-    abstract_bytes  bytes of abstracts read to score them
+    abstract_bytes  bytes of abstracts read to score them, and to estimate what was not read
     """
 
     mass: float = 0.0
@@ -152,48 +153,58 @@ def _attend(running: _Pass, layer: int, q: Tensor, first: int, k: Tensor, v: Ten
     tail = tail.masked_fill(later, -math.inf)
     tail_lse = torch.logsumexp(tail, -1)
     everything = torch.logaddexp(torch.logsumexp(lse, -1), tail_lse)
-    read = lse
+    read, beside = lse, _nothing(q)
     if selecting is not None:
-        chosen = _choose(running, layer, q, lse, tail_lse)  # [kv_heads, positions, chunks]
+        chosen, beside = _choose(running, layer, q, lse, tail_lse)  # [kv_heads, positions, chunks]
         read = lse.masked_fill(~chosen[:, None], -math.inf)
     total = torch.logaddexp(torch.logsumexp(read, -1), tail_lse)
     running.costs[layer].mass += float(torch.exp(total - everything).mean((0, 1)).sum())
+    total = torch.logaddexp(total, beside.lse)
     # exp(logit - total) = exp(logit - top) * exp(top - total)
     places = top.unflatten(1, (group, positions)).masked_fill(read.isneginf(), -math.inf) - total[..., None]
     weights *= places.exp().flatten(1, 2)[..., None]
     shares = torch.exp(tail - total[..., None]).flatten(1, 2)
     out = torch.baddbmm(torch.bmm(weights.flatten(2), v[:, :stored]), shares, v[:, stored:stop])
-    return out.unflatten(1, (group, positions))
+    return out.unflatten(1, (group, positions)) + torch.exp(beside.lse - total)[..., None] * beside.out
 
 
-def _choose(running: _Pass, layer: int, q: Tensor, lse: Tensor, tail_lse: Tensor) -> Tensor:
-    """What each position reads, chosen from its own query alone: (kv_heads, positions, chunks) of bool."""
+def _nothing(q: Tensor) -> Partial:
+    """Attention over no keys."""
+    return Partial(torch.zeros_like(q), torch.full_like(q[..., 0], -math.inf))
+
+
+def _choose(running: _Pass, layer: int, q: Tensor, lse: Tensor, tail_lse: Tensor) -> tuple[Tensor, Partial]:
+    """What each position reads, chosen from its own query alone: (kv_heads, positions, chunks) of bool; and attention over the
+    rest as the selector estimates it."""
     past, selecting, cost = running.past, running.selecting, running.costs[layer]
     assert selecting is not None
     heads, group, positions, _ = q.shape
     chosen = torch.zeros(heads, positions, past.chunks, dtype=torch.bool)
+    beside = _nothing(q)
     take = selecting.rule.look_at(past.chunks, past.chunk_tokens)
     if take >= past.chunks:
         chosen.fill_(True)
         cost.records += chosen.numel()
         cost.estimate += positions
         cost.estimates += positions
-        return chosen
+        return chosen, beside
     forced, resident = Forced.of(past.chunk_tokens), selecting.resident[layer]
     for at in range(positions):
 
         def read(chunks: Tensor, true: Tensor = lse[:, :, at]) -> Tensor:
             return true.gather(2, chunks[:, None].expand(-1, group, -1))
 
-        scores = selecting.rule.score(selecting.selector, q[:, :, at].contiguous(), resident, take)
+        query = q[:, :, at].contiguous()
+        scores = selecting.rule.score(selecting.selector, query, resident, take)
         plan = selecting.rule.plan(scores, take, forced, tail_lse[:, :, at], read)
-        counts = plan.chunks.new_tensor([plan.chunks.shape[1]]) if plan.counts is None else plan.counts
-        columns = torch.arange(plan.chunks.shape[1]) < counts[:, None]
-        chosen[:, at].scatter_(1, plan.chunks, columns.expand_as(plan.chunks))
+        chosen[:, at] = plan.read(past.chunks)
         if at % MASS_EVERY == 0:
             cost.estimate += float(covered_mass(scores, plan, read(plan.chunks), tail_lse[:, :, at]))
             cost.estimates += 1
         cost.records += plan.records
         cost.evaluated += scores.evaluated
         cost.abstract_bytes += scores.bytes_read
-    return chosen
+        if (estimate := selecting.selector.estimate(query, resident, scores, plan)) is not None:
+            beside.out[:, :, at], beside.lse[:, :, at] = estimate.out, estimate.lse
+            cost.abstract_bytes += estimate.bytes_read
+    return chosen, beside

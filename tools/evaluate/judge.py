@@ -25,7 +25,7 @@ GREEDY_TOKENS = 32
 class Trial:
     """What to judge.
 
-    raises     InvalidInput for lengths of which nobody selects
+    raises     InvalidInput for lengths of which nobody selects; Unsupported for rules that a selector cannot serve
     tokens     lengths of texts; the last `positions` tokens of each are predicted, those before them are selected from
     selectors  by label
     texts      names in `TEXTS`, or files
@@ -48,6 +48,9 @@ class Trial:
                     f"--tokens {tokens}, --positions {self.positions}: {tokens - self.positions} tokens to select from, expected at "
                     f"least {DENSE_BELOW}; shorter histories are attended to densely"
                 )
+        for rule in self.rules:
+            for selector in self.selectors.values():
+                rule.check(selector)
 
     def check(self, model: Any) -> None:
         """raises  InvalidInput for lengths that the model cannot take"""
@@ -77,7 +80,7 @@ def judge(loaded: LoadedModel, trial: Trial, progress: Progress) -> Report:
     """Deterministic: the same trial, model and packages give the same report, up to float rounding of the machine.
 
     progress  called with a line of text before each step
-    raises    InvalidInput for texts that are too short; Unsupported for models and for rules that a selector cannot serve
+    raises    InvalidInput for texts that are too short; Unsupported for models
     """
     trial.check(loaded.model)
     found = {

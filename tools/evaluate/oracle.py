@@ -12,6 +12,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
+from kvdb.runtime.selection import SELECTORS, SelectorTable
 from kvdb.runtime.selection.base import Array, Resident, Scores, Selector
 
 KEYS: Final = "keys"
@@ -35,3 +36,7 @@ class Oracle(Selector):
         logits = torch.bmm(q, keys.flatten(1, 2).transpose(1, 2)).unflatten(-1, keys.shape[1:3])
         lse = torch.logsumexp(logits, -1)
         return Scores(lse, lse if ceilings else None, keys.shape[0] * keys.shape[1], keys.nbytes)
+
+
+JUDGED: Final = SelectorTable((*SELECTORS.own.values(), Oracle))
+"""What can be judged."""

@@ -66,15 +66,18 @@ class Past:
 
     def _resident(self, selector: Selector, layer: int) -> Resident:
         tokens = self.chunks * self.chunk_tokens
-        cached: Any = self.cache.layers[layer].keys
-        keys: Array = cached[0, :, :tokens].float().unflatten(1, (self.chunks, self.chunk_tokens)).numpy()
-        dtype, head_dim = dtype_name(cached.dtype), keys.shape[-1]
+        cached: Any = self.cache.layers[layer]
+        keys, values = (
+            each[0, :, :tokens].float().unflatten(1, (self.chunks, self.chunk_tokens)).numpy()
+            for each in (cached.keys, cached.values)
+        )
+        dtype, head_dim = dtype_name(cached.keys.dtype), keys.shape[-1]
         loaded: dict[str, Array] = {}
         for name, planes in selector.abstracts.items():
             if name == KEYS:
                 loaded[name] = keys.swapaxes(0, 1)
             else:
-                stored = ABSTRACTS[name].build(keys, tokens, dtype)
+                stored = ABSTRACTS[name].build(keys, tokens, dtype, values)
                 loaded[name] = ABSTRACTS[name].load(stored[:planes], head_dim, dtype)
         return selector.prepare(loaded, self.chunk_tokens, head_dim)
 

@@ -27,10 +27,10 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     top1                     share of positions where the likeliest token is dense attention's
     perplexity_ratio         selected / dense
     same_greedy              greedy tokens until the first that dense attention would not have said; at most `greedy_tokens`
-    mass                     true share of attention mass attended to, mean over layers and heads
+    mass                     true share of attention mass that was read, estimates not counted; mean over layers and heads
     mass_estimated           the same as the runtime estimates it, at every so many-th position
     kv_share, kv_bytes       of the stored KV of the selecting layers, read at one position
-    abstract_bytes           abstract bytes read at one position
+    abstract_bytes           abstract bytes read at one position, to score and to estimate
     abstract_bytes_resident  in memory all the time
     evaluated                ranges and records scored at one position, all layers
     """

@@ -1,26 +1,25 @@
-"""The selectors that can be judged, by name and with other parameters: `box`, `sketch:bits=4`, `box:beta=1`."""
+"""Selectors on the command line, by name and with other settings: `box`, `sketch:bits=4`, `centroid:estimated=0.5`."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
 from kvdb.errors import InvalidInput
 from kvdb.runtime.selection import SELECTORS, Selector
-from kvdb.tools.evaluate.oracle import Oracle
-
-JUDGED: Final[dict[str, type[Selector]]] = {**SELECTORS, Oracle.name: Oracle}
 
 
-def parse_selector(text: str) -> Selector:
+def parse_selector(text: str, table: Mapping[str, type[Selector]] = SELECTORS) -> Selector:
     """NAME or NAME:FIELD=VALUE,FIELD=VALUE.
 
-    raises  InvalidInput for an unknown name or field, or a value that is no number
+    raises  InvalidInput for a name that is not in the table, an unknown field, or a value that it cannot have; Unsupported for a
+            selector of another package that cannot be loaded
     """
     name, _, settings = text.partition(":")
-    if name not in JUDGED:
-        raise InvalidInput(f"--selector {text}: no selector {name!r}, expected one of {', '.join(JUDGED)}")
-    kind: Any = JUDGED[name]
+    if name not in table:
+        raise InvalidInput(f"--selector {text}: no selector {name!r}, expected one of {', '.join(table)}")
+    kind: Any = table[name]
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
     changes: dict[str, float | int] = {}
     for setting in filter(None, settings.split(",")):
