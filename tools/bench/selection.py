@@ -1,8 +1,10 @@
 """What choosing costs: scoring and planning for one decoding step of the whole model, by length and selector.
 
     python -m kvdb.tools.bench.selection --tokens 8192 --tokens 32768
+    python -m kvdb.tools.bench.selection --tokens 131072 --budget 2048 --shape 32x8x4x128 --selector sketch
 
-Keys are real ones, repeated to the length asked for; queries are real as well. All selectors take turns, step by step. A
+Keys are real ones, repeated to the length asked for; queries are real as well. Another model's shape is put together from the same
+heads, side by side. All selectors take turns, step by step. A
 sketch scores all boxes, and looks at the codes of a few records; it is shown opening only 40 % of the ranges, and looking at
 all codes, too.
 """
@@ -39,26 +41,34 @@ def run(
     budget: Annotated[int, typer.Option(help="tokens per KV head")] = 512,
     steps: Annotated[int, typer.Option(help="measured steps of each kind")] = 15,
     threads: Annotated[int, typer.Option(help="torch threads")] = 1,
+    shape: Annotated[
+        str, typer.Option(help="LAYERSxKV_HEADSxGROUPxHEAD_DIM of another model; 32x8x4x128 is Llama-3.1-8B")
+    ] = "",
+    selector: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(SELECTORS)}; all if not given")] = None,
 ) -> None:
-    """Median milliseconds per step, all layers together, and bytes that stay in memory."""
+    """Median milliseconds per step, all layers together, and bytes that stay in memory. The first selector is the baseline."""
     torch.set_num_threads(threads)
     keys, queries = _real()
-    rows = [row for length in tokens or (8192, 32768, 131072) for row in _measure(keys, queries, length, budget, steps)]
+    if shape:
+        keys, queries = _reshaped(keys, queries, *map(int, shape.split("x")))
+    chosen = {name: SELECTORS[name] for name in selector or SELECTORS}
+    lengths = tokens or (8192, 32768, 131072)
+    rows = [row for length in lengths for row in _measure(keys, queries, chosen, length, budget, steps)]
     table = Table(
         "tokens",
         "selector",
         "ms a step",
-        "to box",
+        "ratio",
         "resident MiB",
         "ranges",
         title=f"selection, budget {budget} tokens",
     )
     for r in rows:
         table.add_row(
-            f"{r['tokens']:,}", r["selector"], f"{r['ms']:.1f}", f"{r['to_box']:.2f}", f"{r['resident_mib']:.1f}", f"{r['ranges']:,}"
+            f"{r['tokens']:,}", r["selector"], f"{r['ms']:.1f}", f"{r['ratio']:.2f}", f"{r['resident_mib']:.1f}", f"{r['ranges']:,}"
         )  # fmt: skip
     Console().print(table)
-    write_result("selection", {"budget": budget, "steps": steps, "rows": rows})
+    write_result("selection", {"budget": budget, "steps": steps, "shape": shape, "rows": rows})
 
 
 def _real() -> tuple[list[Tensor], list[Tensor]]:
@@ -82,15 +92,35 @@ def _real() -> tuple[list[Tensor], list[Tensor]]:
     return keys, [(q * dim**-0.5).view(heads, -1, dim) for q in found]
 
 
-def _measure(keys: list[Tensor], queries: list[Tensor], tokens: int, budget: int, steps: int) -> list[dict[str, Any]]:
+def _reshaped(
+    keys: list[Tensor], queries: list[Tensor], layers: int, heads: int, group: int, dim: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Layers of another shape: each of their heads is real heads side by side, those of a layer taken in turn."""
+    own_heads, own_group, own_dim = queries[0].shape
+    pieces = div_ceil(dim, own_dim)
+    many_keys, many_queries = [], []
+    for layer in range(layers):
+        at = [(layer * heads * pieces + i) % (len(keys) * own_heads) for i in range(heads * pieces)]
+        k = torch.stack([keys[i // own_heads][i % own_heads] for i in at]).unflatten(0, (heads, pieces))
+        q = torch.stack([queries[i // own_heads][i % own_heads] for i in at]).unflatten(0, (heads, pieces))
+        q = q[:, :, torch.arange(group) % own_group]
+        many_keys.append(k.transpose(1, 2).flatten(2)[..., :dim].contiguous())
+        many_queries.append((q.transpose(1, 2).flatten(2)[..., :dim] * (own_dim / dim) ** 0.5).contiguous())
+    return many_keys, many_queries
+
+
+def _measure(
+    keys: list[Tensor], queries: list[Tensor], selectors: dict[str, Selector], tokens: int, budget: int, steps: int
+) -> list[dict[str, Any]]:
+    first = next(iter(selectors))
     chunks = tokens // CHUNK_TOKENS
     rule, forced = Budget.of(budget), Forced.of(CHUNK_TOKENS)
     take = rule.look_at(chunks, CHUNK_TOKENS)
-    resident = {name: [_tiled(selector, k, chunks) for k in keys] for name, selector in SELECTORS.items()}
-    times: dict[str, list[float]] = {name: [] for name in SELECTORS}
-    ranges = dict.fromkeys(SELECTORS, 0)
+    resident = {name: [_tiled(selector, k, chunks) for k in keys] for name, selector in selectors.items()}
+    times: dict[str, list[float]] = {name: [] for name in selectors}
+    ranges = dict.fromkeys(selectors, 0)
     for step in range(steps + 1):
-        for name, selector in SELECTORS.items():
+        for name, selector in selectors.items():
             started = time.perf_counter()
             evaluated = 0
             for q, kept in zip(queries, resident[name], strict=True):
@@ -103,10 +133,10 @@ def _measure(keys: list[Tensor], queries: list[Tensor], tokens: int, budget: int
     return [
         {
             "tokens": tokens, "selector": name, "ms": 1e3 * median(times[name]),
-            "to_box": median([a / b for a, b in zip(times[name], times["box"], strict=True)]), "ranges": ranges[name],
+            "ratio": median([a / b for a, b in zip(times[name], times[first], strict=True)]), "ranges": ranges[name],
             "resident_mib": sum(t.nbytes for kept in resident[name] for t in kept) / 2**20,
         }
-        for name in SELECTORS
+        for name in selectors
     ]  # fmt: skip
 
 
