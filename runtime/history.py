@@ -243,15 +243,27 @@ class History:
     def _abstract(self, part: Part, layer: int, name: str, planes: int | None, chunks: slice) -> Array:
         """An abstract of some chunks of a part, as `Reader.abstract` gives it; made from the keys where none is stored."""
         kind = ABSTRACTS[name]
-        if name in part.segment.info.abstracts:
-            with self._naming(part.segment):
-                stored = self._reader.stored_abstract(part.segment, name, layer, planes)[:, chunks]
+        whole = self._stored_abstract(part.segment, layer, name, planes)
+        if whole is not None:
+            stored = whole[:, chunks]
         else:
             k, _ = self._read_run([part], layer, part.first + chunks.start, part.first + chunks.stop)
             keys = as_float32(storage_view(k.cpu()), self.geometry.dtype)
             keys = keys.reshape(len(keys), -1, self.geometry.chunk_tokens, keys.shape[-1])
             stored = kind.build(keys, keys.shape[1] * keys.shape[2], self.geometry.dtype)[:planes]
         return kind.load(stored, self._dims[layer], self.geometry.dtype).copy()
+
+    def _stored_abstract(self, segment: Segment, layer: int, name: str, planes: int | None) -> Array | None:
+        """None where a segment has no such abstract, or has lost it since it was found."""
+        if name not in segment.info.abstracts:
+            return None
+        try:
+            with self._naming(segment):
+                return self._reader.stored_abstract(segment, name, layer, planes)
+        except Damaged:
+            if segment.seals is None or self.db.agrees([segment]):
+                raise
+            return None
 
     # -- writing
 

@@ -15,6 +15,7 @@ from tiny_models import greedy, prompt, tiny
 from torch import Tensor
 
 from kvdb import KVDB
+from kvdb.abstracts import ABSTRACTS
 from kvdb.runtime import attach
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -89,6 +90,21 @@ def test_an_abstract_that_is_not_stored_is_made_from_the_keys(tmp_path: Path, st
                 assert cache.metrics.reused_tokens == TOKENS - 1
                 found.append(logits(model, cache, ids))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("box", "sketch"), ("sketch", "box")])
+def test_an_abstract_that_is_stored_later_is_read_and_not_made(
+    db: KVDB, monkeypatch: pytest.MonkeyPatch, stored: str, asked: str
+) -> None:
+    model, ids = tiny("llama"), prompt(TOKENS)
+    with attach(model, db, exact=True, selector=stored) as kv:
+        kv.save(kv.cache(ids), name="n")
+    with attach(model, db, budget=0.2, selector=asked) as kv:
+        expected = logits(model, kv.cache(ids), ids)
+    assert db.set_abstracts("n", (asked,)) > 0
+    monkeypatch.setattr(type(ABSTRACTS[asked]), "build", None)
+    with attach(model, db, budget=0.2, selector=asked) as kv:
+        assert torch.equal(logits(model, kv.cache(ids), ids), expected)
 
 
 @pytest.mark.parametrize(
