@@ -7,8 +7,8 @@ is there; files are there and of the right size; metadata says what the catalog 
 record match their digests; no array or manifest is left that no entry names. It reads, and repairs nothing. (What a dead
 writer left in tmp/ is no problem: the next opener for writing removes it.)
 
-The catalog is seen as of one moment. Files are looked at after that: what was deleted meanwhile is no problem, so findings
-about files are looked at again, while no writer is at work, before they are told.
+The catalog is seen as of one moment. Files are looked at after that: what was deleted meanwhile, or has other abstracts since,
+is no problem, so findings about files are looked at again before they are told, and leftovers while no writer is at work.
 """
 
 from __future__ import annotations
@@ -44,12 +44,17 @@ def check_store(root: Path, catalog: Catalog) -> Iterator[Problem]:
         yield Problem("catalog", "catalog", str(e))
         return
     yield from found
+    damaged = any(p.kind == "damaged-entry" for p in found)
     for entry, identity, tokens in views:
-        problems = list(check_files(root / "chunks", entry, identity, tokens))
-        if problems:
+        while problems := list(check_files(root / "chunks", entry, identity, tokens)):
             with catalog.begin() as txn:
-                deleted = not any(p.kind == "damaged-entry" for p in found) and txn.entry(entry.info.segment) is None
-            yield from [] if deleted else problems
+                now = entry if damaged else txn.entry(entry.info.segment)
+            if now is None:  # deleted
+                break
+            if now == entry:
+                yield from problems
+                break
+            entry = now
     with catalog.quiet(), catalog.begin() as txn:
         yield from _check_leftovers(root, txn)
 
@@ -218,7 +223,8 @@ def _check_arrays(
         except (OSError, KVDBError) as e:
             yield Problem(where, "metadata", f"{e}, expected the array's metadata")
             continue
-        written = format.kv_metadata(info, identity or attributes.identity, group, codec_of(info), attributes.sections)
+        kv = msgspec.structs.replace(info, abstracts=attributes.info.abstracts)  # there they mean nothing
+        written = format.kv_metadata(kv, identity or attributes.identity, group, codec_of(info), attributes.sections)
         if msgspec.json.decode(data) != msgspec.json.decode(written):
             yield Problem(where, "metadata", "metadata and catalog differ, expected the same description")
         if attributes.sections.get("digests", (0, 0, ""))[2] != entry.seals.get(array):
@@ -226,8 +232,8 @@ def _check_arrays(
                 where, "seal", f"the catalog's seal is {entry.seals.get(array)}, expected that of its digests"
             )
         yield from _check_shard(chunks / array / format.SHARD_KEY, where, info, group, attributes.sections, tokens)
-        for name in info.abstracts:
-            yield from _check_abstract(chunks, entry, group, name)
+    for name in info.abstracts:
+        yield from check_abstract(chunks, entry, name)
 
 
 def _check_shard(
@@ -275,7 +281,13 @@ def _check_shard(
         files.close(fd)
 
 
-def _check_abstract(chunks: Path, entry: SegmentEntry, group: int, name: str) -> Iterator[Problem]:
+def check_abstract(chunks: Path, entry: SegmentEntry, name: str) -> Iterator[Problem]:
+    """Problems of one abstract of a segment, in every layer group."""
+    for group in range(len(entry.info.geometry.groups)):
+        yield from _check_planes(chunks, entry, group, name)
+
+
+def _check_planes(chunks: Path, entry: SegmentEntry, group: int, name: str) -> Iterator[Problem]:
     info, array = entry.info, format.abstract_array(entry.info.segment, name, group)
     where = f"segment {info.segment}, file {chunks / array / format.SHARD_KEY}"
     layers, planes = info.geometry.groups[group].layers, ABSTRACTS[name].planes

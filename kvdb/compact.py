@@ -63,7 +63,7 @@ def plan(segments: dict[str, SegmentEntry], spans: tuple[Span, ...]) -> list[str
 
 
 def _kind(info: SegmentInfo) -> tuple[object, ...]:
-    return info.identity, info.fidelity, info.geometry, info.codec, info.abstracts, info.cipher
+    return info.identity, info.fidelity, info.geometry, info.codec, frozenset(info.abstracts), info.cipher
 
 
 def _merge(db: KVDB, run: list[str]) -> int:
@@ -75,6 +75,8 @@ def _merge(db: KVDB, run: list[str]) -> int:
         if not all(segment in segments for segment in run) or not _alone(segments, run):
             return 0  # somebody was faster
         old = [segments[segment] for segment in run]
+        if any(_kind(entry.info) != _kind(old[0].info) for entry in old):  # some have other abstracts since
+            return 0
         stops = [entry.info.start for entry in old[1:]] + [old[-1].info.stop]
         pieces = [(entry, stop - entry.info.start) for entry, stop in zip(old, stops, strict=True)]
         tokens = np.concatenate([txn.tokens(entry.info.segment)[:count] for entry, count in pieces])
@@ -104,7 +106,7 @@ def _merge(db: KVDB, run: list[str]) -> int:
         reader = READERS[db.read_mode]("always")
         try:
             for entry, count in pieces:
-                _copy(reader, writer, Segment(entry.info, db.path / "chunks", entry.seals), count)
+                _copy(reader, writer, Segment.stored(entry, db.path / "chunks"), count)
                 reader.forget(entry.info.segment)  # a thousand turns are more files than a process may have open
         finally:
             reader.close()
@@ -117,7 +119,7 @@ def _merge(db: KVDB, run: list[str]) -> int:
     except BaseException:
         db.abandon(writer)
         raise
-    db.space.dispose(entry.info for entry in old)
+    db.space.dispose(array for entry in old for array in entry.info.array_names())
     db.space.enforce(keep=new.info.segment)
     return len(run) - 1
 

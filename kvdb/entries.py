@@ -62,12 +62,14 @@ class SegmentEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A segment in the catalog.
 
     seals       array name -> xxh3 of its digests: binds the files to this entry
-    disk_bytes  what its files occupied when they were published
+    disk_bytes  what its files occupied when they were published, or its abstracts changed
+    changes     how often its abstracts have changed: one that has its first ones back is not the entry it was
     """
 
     info: SegmentInfo
     seals: dict[str, str]
     disk_bytes: int
+    changes: int = 0
 
 
 class Use(msgspec.Struct, frozen=True, kw_only=True):

@@ -179,9 +179,9 @@ def sweep(root: Path, catalog: Catalog) -> None:
         if not died and found == expected:
             return
         with catalog.begin(write=True) as txn:
-            known = set(txn.segments())
+            known = {array for entry in txn.segments().values() for array in entry.info.array_names()}
             for array in files.list_dir(root / "chunks"):
-                if array != format.METADATA_KEY and array.partition(".")[0] not in known:
+                if array != format.METADATA_KEY and array not in known:
                     files.remove_tree(root / "chunks" / array)
             named = {f"{s.key}.json" for s in txn.sequences() if s.name is not None}
             for name in set(files.list_dir(root / manifests.NAMES)) - named:

@@ -46,11 +46,12 @@ class CodecSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """All there is to know about a segment but its bytes. Stored in the catalog and in every array's attributes.
+    """All there is to know about a segment but its bytes. Stored in the catalog and in the attributes of KV arrays.
 
     start, tokens  it holds positions [start, start + tokens) of every sequence through it; start is on the chunk grid
     capacity       chunk slots per layer in the file, >= chunks(tokens)
     parent         segment holding the positions before `start` (None at 0): parents lead back to position 0
+    abstracts      those it has now. They may change: the catalog tells, and KV arrays' attributes leave them out
     cipher         how rows are encrypted after the codec; None: they are not. No cipher is defined yet
     """
 
@@ -63,8 +64,8 @@ class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     capacity: int
     geometry: Geometry
     codec: CodecSpec
-    abstracts: tuple[str, ...]
     created: float
+    abstracts: tuple[str, ...] = ()
     cipher: str | None = None
 
     def __post_init__(self) -> None:

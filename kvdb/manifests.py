@@ -77,6 +77,6 @@ def read(names: Path) -> list[Sequence]:
 
 def agree(a: Sequence, b: Sequence) -> bool:
     """Whether two descriptions are of the same sequence in the same KV. Pins and expiry may change in a commit that fails after
-    the manifest was written, and are not worth a second write to take back."""
-    may_differ = {"pinned": False, "expires": None, "model": "", "last_used": 0.0, "hits": 0}
+    the manifest was written, and are not worth a second write to take back; the root changes with the segments' abstracts."""
+    may_differ = {"pinned": False, "expires": None, "model": "", "root": "", "last_used": 0.0, "hits": 0}
     return msgspec.structs.replace(a, **may_differ) == msgspec.structs.replace(b, **may_differ)

@@ -23,6 +23,7 @@ from kvdb import files, format
 from kvdb.check import check_files
 from kvdb.entries import SegmentEntry, Sequence, check_name
 from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, SequenceNotFound
+from kvdb.format import SegmentInfo
 from kvdb.identity import Identity
 from kvdb.repair import stored_tokens
 from kvdb.segments import abstract_layout, codec_of, layout, reserved_bytes
@@ -56,11 +57,14 @@ def export_sequence(db: KVDB, name_or_key: str, target: Path) -> int:
                 raise Damaged(f"sequence {name_or_key!r}: {problem}; run 'kvdb repair', nothing was exported")
         return _write(db, sequence, identity, entries, target)
     except (Damaged, FileNotFoundError) as e:
-        if db.holds(sequence.spans):
-            raise
-        raise SequenceNotFound(
-            f"sequence {name_or_key!r}: deleted or merged while it was exported, expected it to stay; export it again"
-        ) from e
+        if not db.holds(sequence.spans):
+            raise SequenceNotFound(
+                f"sequence {name_or_key!r}: deleted or merged while it was exported, expected it to stay; export it again"
+            ) from e
+        with db.catalog.begin() as txn:
+            if txn.span_entries(sequence.spans) == entries:
+                raise
+        return export_sequence(db, name_or_key, target)  # it has other abstracts now
 
 
 def _write(db: KVDB, sequence: Sequence, identity: Identity, entries: list[SegmentEntry], target: Path) -> int:
@@ -107,6 +111,12 @@ def _arrays(entry: SegmentEntry) -> list[tuple[str, int]]:
     return found
 
 
+def _kv(entry: SegmentEntry) -> tuple[SegmentInfo, list[str | None]]:
+    """What tells a segment's KV from any other: its abstracts may have changed since it was exported."""
+    info = msgspec.structs.replace(entry.info, abstracts=())
+    return info, [entry.seals.get(array) for array in info.array_names()]
+
+
 def _room(entry: SegmentEntry) -> int:
     """Most that a segment's files can occupy."""
     info = entry.info
@@ -145,7 +155,7 @@ def _take_in(db: KVDB, source: Path, archive: zipfile.ZipFile, name: str | None)
                     there = txn.entry(entry.info.segment)
                 if there is None:
                     fresh.append(entry)
-                elif there.seals != entry.seals or there.info != entry.info:
+                elif _kv(there) != _kv(entry):
                     raise Damaged(
                         f"{source}: segment {entry.info.segment} is not the one of that id in the store, expected it"
                     )
@@ -162,7 +172,7 @@ def _take_in(db: KVDB, source: Path, archive: zipfile.ZipFile, name: str | None)
             with db.write_transaction() as txn:
                 for entry in fresh:
                     measured = sum(files.tree_bytes(workspace / array) for array, _ in _arrays(entry))
-                    entry = msgspec.structs.replace(entry, disk_bytes=measured)
+                    entry = msgspec.structs.replace(entry, disk_bytes=measured, changes=0)
                     txn.add_segment(entry, identity, stored_tokens(workspace, entry.info))
                     txn.count(bytes_written=measured, segments_written=1, tokens_written=entry.info.tokens)
                 last = described.segments[-1].info

@@ -277,7 +277,7 @@ class Reader(ABC):
                 if (actual := xxhash.xxh3_64_hexdigest(stored[plane])) != expected:
                     raise Damaged(
                         f"{where}{start + plane * place.plane_bytes}: xxh3 is {actual}, expected {expected}; "
-                        "run 'kvdb repair', then recompute it"
+                        "'kvdb abstracts' makes it anew"
                     )
         return stored[:, : info.chunks]
 
@@ -295,7 +295,8 @@ class Reader(ABC):
             seal, count = segment.seals.get(array), len(segment.info.geometry.groups[group].layers)
             if format.abstract_seal(digests) != seal or len(digests) != count * ABSTRACTS[name].planes:
                 raise Damaged(
-                    f"file {path}: {name} abstract has seal {format.abstract_seal(digests)}, expected {seal}; run 'kvdb repair'"
+                    f"file {path}: {name} abstract has seal {format.abstract_seal(digests)}, expected {seal}; 'kvdb abstracts' "
+                    "makes it anew"
                 )
             self._plane_digests[key] = digests
         return self._plane_digests[key]

@@ -21,8 +21,9 @@ import msgspec
 import numpy as np
 
 from kvdb import files, folder, format, manifests
+from kvdb.abstracts import ABSTRACTS
 from kvdb.catalog import Catalog
-from kvdb.check import check_files, check_store
+from kvdb.check import check_abstract, check_files, check_store
 from kvdb.entries import Limits, SegmentEntry, Sequence, sequence_key
 from kvdb.environment import DATA
 from kvdb.errors import Damaged, KVDBError, NotAStore, OlderFormat, OutOfMemory, Problem, StorageFull
@@ -151,12 +152,17 @@ def _mend(path: Path, bad: set[str], report: Repair) -> None:
 def _tidy(path: Path, catalog: Catalog) -> None:
     """Quarantine arrays without an entry, write manifests anew, sweep."""
     with catalog.begin() as txn:
-        known, named = set(txn.segments()), [s for s in txn.sequences() if s.name is not None]
-    for array in files.list_dir(path / "chunks"):
-        if array != format.METADATA_KEY and array.partition(".")[0] not in known:
-            quarantine(path, path / "chunks" / array)
+        entries, named = txn.segments().values(), [s for s in txn.sequences() if s.name is not None]
+    _quarantine_unnamed(path, entries)
     _write_manifests(path, named)
     folder.sweep(path, catalog)
+
+
+def _quarantine_unnamed(path: Path, entries: Iterable[SegmentEntry]) -> None:
+    """Move arrays aside that none of these entries names."""
+    named = {array for entry in entries for array in entry.info.array_names()} | {format.METADATA_KEY}
+    for array in set(files.list_dir(path / "chunks")) - named:
+        quarantine(path, path / "chunks" / array)
 
 
 def _write_manifests(path: Path, named: list[Sequence]) -> None:
@@ -259,8 +265,7 @@ class _Found(msgspec.Struct, frozen=True):
 
 def _rebuild(path: Path, report: Repair) -> None:
     """The caller holds the store, exclusively if anything is to be changed."""
-    chunks = path / "chunks"
-    found, broken = _scan(chunks)
+    found, broken = _scan(path / "chunks")
     sequences, limits = _salvage(path)
     whole = _connected(found)
     lost = broken | (set(found) - set(whole))
@@ -273,19 +278,15 @@ def _rebuild(path: Path, report: Repair) -> None:
         "what only the catalog knew: pins and expiry of unnamed sequences"
     )
     if report.applied:
-        _replace_catalog(path, whole, lost, sequences, limits)
+        _replace_catalog(path, whole, sequences, limits)
 
 
-def _replace_catalog(
-    path: Path, whole: dict[str, _Found], lost: set[str], sequences: list[Sequence], limits: Limits
-) -> None:
+def _replace_catalog(path: Path, whole: dict[str, _Found], sequences: list[Sequence], limits: Limits) -> None:
     chunks, workspace = path / "chunks", path / "tmp" / f"rebuild-{os.urandom(8).hex()}"
     files.mkdir(workspace)
     try:
         named = _fill(workspace / "catalog", chunks, whole, sequences, limits)
-        for array in files.list_dir(chunks):
-            if array.partition(".")[0] in lost:
-                quarantine(path, chunks / array)
+        _quarantine_unnamed(path, [each.entry for each in whole.values()])
         _swap_catalog(path, workspace / "catalog")
         _write_manifests(path, named)
         if not (chunks / format.METADATA_KEY).exists():
@@ -321,27 +322,39 @@ def _scan(chunks: Path) -> tuple[dict[str, _Found], set[str]]:
 
 
 def _describe(chunks: Path, segment: str) -> _Found:
-    """A segment from its own files.
+    """A segment from its own files, with those abstracts that are whole.
 
-    raises  Damaged when anything about them is wrong
+    raises  Damaged when anything about its KV is wrong
     """
     first = _attributes(chunks, segment, 0)
-    info, seals = first.info, dict[str, str]()
+    info, seals = msgspec.structs.replace(first.info, abstracts=()), dict[str, str]()
     for group in range(len(info.geometry.groups)):
-        array = format.kv_array(segment, group)
-        seals[array] = _attributes(chunks, segment, group).sections["digests"][2]
-        for name in info.abstracts:
-            abstract = format.abstract_array(segment, name, group)
-            digests = format.abstract_digests(files.read_file(chunks / abstract / format.METADATA_KEY), abstract)
-            seals[abstract] = format.abstract_seal(digests)
-    disk_bytes = sum(files.tree_bytes(chunks / array) for array in info.array_names())
-    entry = SegmentEntry(info=info, seals=seals, disk_bytes=disk_bytes)
+        seals[format.kv_array(segment, group)] = _attributes(chunks, segment, group).sections["digests"][2]
+    entry = SegmentEntry(info=info, seals=seals, disk_bytes=0)
     problems = list(check_files(chunks, entry, first.identity, None))
     if problems or info.segment != segment or first.identity.digest().hex() != info.identity:
         raise Damaged(
             f"segment {segment}: {problems[0] if problems else 'its metadata names another'}, expected it whole"
         )
-    return _Found(entry, first.identity)
+    for name in ABSTRACTS:
+        with contextlib.suppress(KVDBError, OSError):  # not there, not whole: it can be made anew
+            entry = _with_abstract(chunks, entry, name)
+    disk_bytes = sum(files.tree_bytes(chunks / array) for array in entry.info.array_names())
+    return _Found(msgspec.structs.replace(entry, disk_bytes=disk_bytes), first.identity)
+
+
+def _with_abstract(chunks: Path, entry: SegmentEntry, name: str) -> SegmentEntry:
+    """raises  Damaged, OSError when its arrays are not all there and whole"""
+    info, seals = entry.info, dict[str, str]()
+    for group in range(len(info.geometry.groups)):
+        array = format.abstract_array(info.segment, name, group)
+        digests = format.abstract_digests(files.read_file(chunks / array / format.METADATA_KEY), array)
+        seals[array] = format.abstract_seal(digests)
+    info = msgspec.structs.replace(info, abstracts=(*info.abstracts, name))
+    found = msgspec.structs.replace(entry, info=info, seals=entry.seals | seals)
+    for problem in check_abstract(chunks, found, name):
+        raise Damaged(str(problem))
+    return found
 
 
 def _attributes(chunks: Path, segment: str, group: int) -> KVAttributes:

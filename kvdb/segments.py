@@ -17,15 +17,15 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
-import xxhash
 
 from kvdb import files, format
-from kvdb.abstracts import ABSTRACTS
+from kvdb.abstracts import ABSTRACTS, build_all
+from kvdb.arrays import ARRAY_OVERHEAD, AbstractWriter, ArrayWriter, abstract_bytes
 from kvdb.codecs import CODECS, Codec
 from kvdb.entries import SegmentEntry
 from kvdb.errors import InvalidInput, Unsupported
 from kvdb.format import CodecSpec, SegmentInfo
-from kvdb.geometry import SEGMENT_TOKENS, Geometry, as_float32
+from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import Identity, check_fidelity
 from kvdb.prefix import Tokens
 
@@ -34,23 +34,24 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _LARGE_BYTES: Final = 4 << 20
 """Segments above this are forced to disk before the write lock is taken; for smaller ones a round of flushes less counts more."""
-_WRITEBACK_BYTES: Final = 512 << 10
-"""Writes from here on go to the disk at once, beside the work on the next layer: then the sync at the end has little left."""
-_ARRAY_OVERHEAD: Final = 24 << 10
-"""Bytes an array may take besides its values: its folder, its metadata, the last block of each file."""
-_DIGEST_OVERHEAD: Final = 32
-"""Bytes that the digest of a plane takes in an abstract's metadata."""
 
 
 class Segment(NamedTuple):
     """A segment and the folder its arrays lie in: all a reader needs.
 
-    seals  array name -> digest of its digests, as the catalog has them; None while it is being written
+    seals    array name -> digest of its digests, as the catalog has them; None while it is being written
+    changes  as in the catalog
     """
 
     info: SegmentInfo
     folder: Path
     seals: dict[str, str] | None = None
+    changes: int = 0
+
+    @classmethod
+    def stored(cls, entry: SegmentEntry, chunks: Path) -> Segment:
+        """As the catalog has it."""
+        return cls(entry.info, chunks, entry.seals, entry.changes)
 
 
 def codec_of(info: SegmentInfo) -> Codec:
@@ -91,12 +92,8 @@ def reserved_bytes(geometry: Geometry, codec: Codec, abstracts: tuple[str, ...],
     total, ct, itemsize = 0, geometry.chunk_tokens, geometry.storage_dtype.itemsize
     for group, g in enumerate(geometry.groups):
         row = codec.row_bytes(ct, g.head_dim, itemsize)
-        total += format.shard_layout(geometry, group, capacity, capacity * ct, row).file_bytes + _ARRAY_OVERHEAD
-        for name in abstracts:
-            digests = len(g.layers) * ABSTRACTS[name].planes
-            place = format.abstract_layout(geometry, group, capacity, ABSTRACTS[name])
-            total += place.file_bytes + digests * _DIGEST_OVERHEAD + _ARRAY_OVERHEAD
-    return total
+        total += format.shard_layout(geometry, group, capacity, capacity * ct, row).file_bytes + ARRAY_OVERHEAD
+    return total + sum(abstract_bytes(geometry, name, capacity) for name in abstracts)
 
 
 class SegmentWriter:
@@ -138,15 +135,16 @@ class SegmentWriter:
         self.folder = folder
         self.written = dict.fromkeys(geometry.layers, 0)  # tokens per layer
         self.entry: SegmentEntry | None = None  # once sealed
-        self._fds: dict[str, int] = {}
+        self._arrays: list[ArrayWriter] = []
+        self._abstracts: dict[str, AbstractWriter] = {}
         self._sections: list[format.Sections] = [{} for _ in geometry.groups]
         self._digests = [np.zeros(len(g.layers) * capacity * g.kv_heads, "<u8") for g in geometry.groups]
         try:
             for group in range(len(geometry.groups)):
-                self._create(format.kv_array(segment, group), layout(self.info, group).payload_bytes)
-                for name in abstracts:
-                    size = abstract_layout(self.info, group, name).file_bytes
-                    self._create(format.abstract_array(segment, name, group), size)
+                size = layout(self.info, group).payload_bytes
+                self._arrays.append(ArrayWriter(folder, format.kv_array(segment, group), size))
+            for name in abstracts:
+                self._abstracts[name] = AbstractWriter(folder, self.info, name)
         except BaseException:
             self.discard()
             raise
@@ -159,20 +157,6 @@ class SegmentWriter:
     @property
     def capacity_tokens(self) -> int:
         return self.info.capacity * self.info.geometry.chunk_tokens
-
-    def _create(self, array: str, size: int) -> None:
-        files.mkdir(self.folder / array)
-        path = self._path(array)
-        self._fds[array] = files.open_excl(path)
-        files.truncate(self._fds[array], size, path)
-
-    def _path(self, array: str) -> Path:
-        return self.folder / array / format.SHARD_KEY
-
-    def _write(self, array: str, data: Array, offset: int) -> None:
-        files.write_all(self._fds[array], data.data, offset, self._path(array))
-        if data.nbytes >= _WRITEBACK_BYTES:
-            files.start_writeback(self._fds[array], offset, data.nbytes)
 
     def append(self, layer: int, keys: Array, values: Array) -> None:
         """Write the next tokens of one layer.
@@ -207,10 +191,7 @@ class SegmentWriter:
             by_token[:, kv, full:, :rest] = plane[:, None, full * ct :]
             by_token[:, kv, full:, rest:] = 0
         rows = self.codec.encode(records.reshape(chunks * g.kv_heads, 2, ct, g.head_dim))
-        kinds = {name: ABSTRACTS[name] for name in self.info.abstracts}
-        exact_keys = as_float32(by_token[:, 0], geometry.dtype)
-        exact_values = as_float32(by_token[:, 1], geometry.dtype) if any(k.of_values for k in kinds.values()) else None
-        built = {name: kind.build(exact_keys, tokens, geometry.dtype, exact_values) for name, kind in kinds.items()}
+        built = build_all(self.info.abstracts, by_token[:, 0], by_token[:, 1], tokens, geometry.dtype)
         self.append_rows(layer, rows, built, tokens)
 
     def append_rows(self, layer: int, rows: Array, abstracts: dict[str, Array], tokens: int) -> None:
@@ -224,15 +205,9 @@ class SegmentWriter:
         heads, chunk = geometry.groups[group].kv_heads, self.written[layer] // geometry.chunk_tokens
         first = (layer_row * self.info.capacity + chunk) * heads
         self._digests[group][first : first + len(rows)] = format.record_digests(self.info.segment, first, rows)
-        self._write(format.kv_array(self.info.segment, group), rows, first * rows.shape[1])
+        self._arrays[group].write(rows, first * rows.shape[1])
         for name, planes in abstracts.items():
-            array, place = (
-                format.abstract_array(self.info.segment, name, group),
-                abstract_layout(self.info, group, name),
-            )
-            start = layer_row * place.layer_bytes + chunk * heads * place.row_bytes
-            for plane, stored in enumerate(planes):
-                self._write(array, stored, start + plane * place.plane_bytes)
+            self._abstracts[name].write(layer, chunk, planes)
         self.written[layer] += tokens
 
     def keep(self, tokens: int) -> None:
@@ -268,57 +243,41 @@ class SegmentWriter:
         token_bytes = np.ascontiguousarray(token_ids, "<u4")
         seals: dict[str, str] = {}
         for group in range(len(self.info.geometry.groups)):
-            array, place = format.kv_array(self.info.segment, group), layout(self.info, group)
+            array, place = self._arrays[group], layout(self.info, group)
             digests = self._digests[group]
-            self._write(array, digests, place.digests_offset)
+            array.write(digests, place.digests_offset)
             self._sections[group] = {"digests": format.section(place.digests_offset, digests)}
-            seals[array] = self._sections[group]["digests"][2]
+            seals[format.kv_array(self.info.segment, group)] = self._sections[group]["digests"][2]
             if group == 0:
-                self._write(array, token_bytes, place.tokens_offset)
+                array.write(token_bytes, place.tokens_offset)
                 self._sections[group]["tokens"] = format.section(place.tokens_offset, token_bytes)
             index = format.shard_index(
                 self.info.geometry, group, self.info.capacity, self.info.chunks, row_bytes(self.info, group)
             )
-            files.write_all(self._fds[array], index, place.index_offset, self._path(array))
+            array.write(np.frombuffer(index, np.uint8), place.index_offset)
             self._describe(group)
-            for name in self.info.abstracts:
-                seals[format.abstract_array(self.info.segment, name, group)] = self._seal_abstract(group, name)
+        for abstract in self._abstracts.values():
+            seals |= abstract.seal(self.info)
         disk_bytes = sum(files.tree_bytes(self.folder / array) for array in self.info.array_names())
         if durable and disk_bytes > _LARGE_BYTES:
-            files.fsync_trees([self.folder / array for array in self._fds])
+            files.fsync_trees([self.folder / array for array in self.info.array_names()])
         self.entry = SegmentEntry(info=self.info, seals=seals, disk_bytes=disk_bytes)
         return self.entry
 
     def _describe(self, group: int) -> None:
-        metadata = format.kv_metadata(self.info, self.identity, group, self.codec, self._sections[group])
-        self._write_metadata(format.kv_array(self.info.segment, group), metadata)
-
-    def _write_metadata(self, array: str, metadata: bytes) -> None:
-        path = self.folder / array / format.METADATA_KEY
-        fd = files.open_excl(path)
-        try:
-            files.write_all(fd, metadata, 0, path)
-        finally:
-            files.close(fd)
-
-    def _seal_abstract(self, group: int, name: str) -> str:
-        array, place = format.abstract_array(self.info.segment, name, group), abstract_layout(self.info, group, name)
-        size, fd = place.plane_bytes, self._fds[array]
-        planes = range(0, place.file_bytes, size)
-        digests = [xxhash.xxh3_64_hexdigest(files.pread(fd, size, offset)) for offset in planes]
-        self._write_metadata(array, format.abstract_metadata(self.info, group, ABSTRACTS[name], digests))
-        return format.abstract_seal(digests)
+        kv = msgspec.structs.replace(self.info, abstracts=())  # they may change, this file does not
+        metadata = format.kv_metadata(kv, self.identity, group, self.codec, self._sections[group])
+        self._arrays[group].describe(metadata)
 
     def reparent(self, parent: str) -> None:
         """The segment before this one has another id now, after a compaction."""
         self.info = msgspec.structs.replace(self.info, parent=parent)
         if self.entry is not None:
             self.entry = msgspec.structs.replace(self.entry, info=self.info)
-            for group in range(len(self.info.geometry.groups)):
-                array = format.kv_array(self.info.segment, group)
-                files.unlink(self.folder / array / format.METADATA_KEY)
+            for group, array in enumerate(self._arrays):
+                files.unlink(array.folder / format.METADATA_KEY)
                 self._describe(group)
-                files.fsync_trees([self.folder / array])
+                files.fsync_trees([array.folder])
 
     def publish(self, chunks: Path, *, durable: bool = True) -> None:
         """Move the sealed arrays into the store. Still invisible: the catalog decides what exists."""
@@ -335,8 +294,10 @@ class SegmentWriter:
             files.remove_tree(self.folder / array)
 
     def _close(self) -> None:
-        while self._fds:
-            files.close(self._fds.popitem()[1])
+        for array in self._arrays:
+            array.close()
+        for abstract in self._abstracts.values():
+            abstract.close()
 
 
 def new_segment_id() -> str:

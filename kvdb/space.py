@@ -158,7 +158,7 @@ class Space:
                     gone, sequences = gone + more, sequences + cut
                 txn.count(segments_evicted=len(gone))
                 txn.forget_gone()
-            self.dispose(entry.info for entry in gone)
+            self.dispose(array for entry in gone for array in entry.info.array_names())
         return Evicted([entry.info for entry in gone], sequences)
 
     def _take_leaves(
@@ -199,23 +199,20 @@ class Space:
 
     # -- getting rid of files
 
-    def dispose(self, infos: Iterable[SegmentInfo]) -> None:
-        """After their entries are gone: put arrays in the trash. The deletion has happened, so what fails here is only
+    def dispose(self, arrays: Iterable[str]) -> None:
+        """After no entry names them any more: put arrays in the trash. The deletion has happened, so what fails here is only
         logged; the next opener for writing finds it."""
-        for info in infos:
-            for array in info.array_names():
-                target = self.root / TRASH / array
-                try:
-                    if target.exists():  # an imported segment may come and go twice
-                        files.remove_tree(target)
-                    files.rename(self.root / "chunks" / array, target)
-                    files.mark_now(target)
-                except FileNotFoundError:  # it never had files, or another process was faster
-                    pass
-                except OSError as e:
-                    _LOG.warning(
-                        "%s: %s, expected it in the trash; it is removed at a later open", e.filename, e.strerror
-                    )
+        for array in arrays:
+            target = self.root / TRASH / array
+            try:
+                if target.exists():  # an imported segment, or an abstract, may come and go twice
+                    files.remove_tree(target)
+                files.rename(self.root / "chunks" / array, target)
+                files.mark_now(target)
+            except FileNotFoundError:  # it never had files, or another process was faster
+                pass
+            except OSError as e:
+                _LOG.warning("%s: %s, expected it in the trash; it is removed at a later open", e.filename, e.strerror)
         self.reap()
 
     def reap(self, *, now: bool = False) -> None:

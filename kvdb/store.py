@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 
-from kvdb import compact, files, folder, forks, manifests, portable, repair
+from kvdb import compact, files, folder, forks, manifests, portable, repair, summarise
 from kvdb.catalog import Catalog
 from kvdb.check import check_store
 from kvdb.codecs import Codec, Raw
@@ -310,12 +310,18 @@ class KVDB:
             return self._segments(txn, spans)
 
     def _segments(self, txn: Transaction, spans: tuple[Span, ...]) -> list[Segment]:
-        return [Segment(entry.info, self.path / "chunks", entry.seals) for entry in txn.span_entries(spans)]
+        return [Segment.stored(entry, self.path / "chunks") for entry in txn.span_entries(spans)]
 
     def holds(self, spans: tuple[Span, ...]) -> bool:
         """Whether every segment behind spans is in the catalog."""
         with self.catalog.begin() as txn:
             return all(txn.segment(span.segment) is not None for span in spans)
+
+    def agrees(self, segments: Iterable[Segment]) -> bool:
+        """Whether the catalog has sealed segments as they are here: none deleted, merged or given other abstracts since."""
+        with self.catalog.begin() as txn:
+            now = [(segment, txn.entry(segment.info.segment)) for segment in segments]
+        return all(entry is not None and Segment.stored(entry, segment.folder) == segment for segment, entry in now)
 
     def tokens(self, spans: tuple[Span, ...]) -> Tokens:
         """Token ids of spans, (tokens,) uint32."""
@@ -455,7 +461,7 @@ class KVDB:
             writer.discard()
         self.space.enforce(keep=last.info.segment)
         self.space.reap()
-        return Committed(Segment(last.info, self.path / "chunks", last.seals), key)
+        return Committed(Segment.stored(last, self.path / "chunks"), key)
 
     @staticmethod
     def _settle_parent(txn: Transaction, writer: SegmentWriter) -> None:
@@ -570,7 +576,7 @@ class KVDB:
                 dead = txn.remove_unreferenced([sequence])
                 txn.forget_gone()
                 freed = before - txn.counters().segment_bytes
-            self.space.dispose(dead)
+            self.space.dispose(array for info in dead for array in info.array_names())
         self.space.enforce()
         return freed
 
@@ -618,6 +624,21 @@ class KVDB:
         """
         self._writable()
         return compact.compact(self, name_or_key)
+
+    def set_abstracts(self, name_or_key: str | None, abstracts: Iterable[str]) -> int:
+        """Give every segment of one sequence, or of all, exactly these abstracts; returns how many segments changed.
+
+        What is missing or damaged is made from the stored keys, what is not named goes. KV stays where it is, byte for byte.
+        What another sequence shares changes for it too. Each sequence changes at once: if this fails or is interrupted, it
+        has the abstracts it had.
+
+        name_or_key  None: every sequence, one after the other
+        abstracts    names, see `kvdb.abstracts`; none of them for none at all
+        cost         reads the KV of segments where one is missing, once, and every abstract that stays
+        raises       InvalidInput for an unknown name; SequenceNotFound, StorageFull, Damaged, ReadOnly
+        """
+        self._writable()
+        return summarise.set_abstracts(self, name_or_key, abstracts)
 
     # -- one portable file
 

@@ -243,6 +243,23 @@ class Transaction:
         self.list_in_tree(info)
         self.count(**_sizes(entry))
 
+    def change_abstracts(self, changed: list[SegmentEntry]) -> None:
+        """Put anew the entries of segments that have other abstracts now, and the roots of the sequences through them.
+        Their manifests stay: nothing asks for the root in one.
+
+        raises  Damaged when a segment is not there
+        """
+        for entry in changed:
+            before = self.span_entries([Span(segment=entry.info.segment, start=0, stop=0)])[0]
+            self._removed |= not before.seals.keys() <= entry.seals.keys()
+            self._put("segments", _id(entry.info.segment), entry)
+            now, then = _sizes(entry), _sizes(before)
+            self.count(**{name: now[name] - then[name] for name in now})
+        segments = {entry.info.segment for entry in changed}
+        for sequence in self.sequences():
+            if any(span.segment in segments for span in sequence.spans):
+                self._put("sequences", _id(sequence.key), self._rooted(sequence))
+
     def remove_segment(self, info: SegmentInfo) -> None:
         """Children must be gone already.
 
@@ -459,16 +476,18 @@ class Transaction:
             self._put_entry(msgspec.structs.replace(sequence, key=key, name=None, pinned=False))
 
     def _put_entry(self, sequence: Sequence) -> Sequence:
-        found = self.span_entries(sequence.spans)
-        sequence = msgspec.structs.replace(
-            sequence, root=entries.spans_root(sequence.spans, found), last_used=0.0, hits=0
-        )
+        sequence = self._rooted(sequence)
         self._put("sequences", _id(sequence.key), sequence)
         if sequence.name is not None:
             self.manifests[sequence.key] = sequence
         if sequence.expires is not None:
             self.expect_expiry([sequence.expires, *([] if (due := self.next_expiry()) is None else [due])])
         return sequence
+
+    def _rooted(self, sequence: Sequence) -> Sequence:
+        """As it is entered: bound to the KV behind its spans."""
+        root = entries.spans_root(sequence.spans, self.span_entries(sequence.spans))
+        return msgspec.structs.replace(sequence, root=root, last_used=0.0, hits=0)
 
     def next_expiry(self) -> float | None:
         """Store time before which no sequence expires; None: none ever does."""

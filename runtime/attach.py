@@ -199,14 +199,14 @@ class Attachment:
         identity = self.identity()
         while True:
             sequence = self._loadable(name, identity)
-            cache = self._new(identity, 1)
+            cache, segments = self._new(identity, 1), list[Segment]()
             try:
                 tokens, segments = self.db.tokens(sequence.spans).tolist(), self.db.segments(sequence.spans)
                 cache.restore([Prefix(tokens, sequence.spans, segments)])
                 break
             except BaseException as e:
                 self._drop(cache)
-                if not (isinstance(e, Damaged) and self._gone([sequence.spans])):
+                if not (isinstance(e, Damaged) and self._changed(sequence.spans, segments)):
                     raise
         cache.metrics.prompt_tokens = sequence.tokens
         cache.metrics.restore_seconds = time.perf_counter() - started
@@ -268,7 +268,7 @@ class Attachment:
                 cache.restore(prefixes)
             except BaseException as e:
                 self._drop(cache)
-                if isinstance(e, Damaged) and self._gone([prefix.spans for prefix in prefixes]):
+                if isinstance(e, Damaged) and any(self._changed(p.spans, p.segments) for p in prefixes):
                     continue
                 raise
             if not self.db.readonly:
@@ -276,10 +276,10 @@ class Attachment:
                     self.db.touch(prefix.spans)
             return cache
 
-    def _gone(self, found: list[tuple[Span, ...]]) -> bool:
-        """Whether any of what was found was deleted or merged before it was open: look again. Each time something has
-        gone, so that looking comes to an end."""
-        return not all(self.db.holds(spans) for spans in found)
+    def _changed(self, spans: tuple[Span, ...], segments: list[Segment]) -> bool:
+        """Whether any of what was found was deleted, merged or given other abstracts before it was open: look again. Each time
+        something has happened, so that looking comes to an end."""
+        return not (self.db.holds(spans) and self.db.agrees(segments))
 
     def _new(self, identity: Identity, batch: int) -> KVDBCache:
         cache = KVDBCache(

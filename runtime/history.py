@@ -15,10 +15,10 @@ import numpy as np
 from torch import Tensor
 
 from kvdb import forks
-from kvdb.abstracts import ABSTRACTS
+from kvdb.abstracts import ABSTRACTS, build_all
 from kvdb.entries import Span
 from kvdb.errors import Damaged
-from kvdb.geometry import SEGMENT_TOKENS, Geometry, as_float32
+from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import EXACT, Identity
 from kvdb.reader import Reader
 from kvdb.runtime.selection import Resident, Selector
@@ -242,17 +242,27 @@ class History:
 
     def _abstract(self, part: Part, layer: int, name: str, planes: int | None, chunks: slice) -> Array:
         """An abstract of some chunks of a part, as `Reader.abstract` gives it; made from the keys where none is stored."""
-        kind = ABSTRACTS[name]
-        if name in part.segment.info.abstracts:
-            with self._naming(part.segment):
-                stored = self._reader.stored_abstract(part.segment, name, layer, planes)[:, chunks]
+        whole = self._stored_abstract(part.segment, layer, name, planes)
+        if whole is not None:
+            stored = whole[:, chunks]
         else:
             run = self._read_run([part], layer, part.first + chunks.start, part.first + chunks.stop)
             ct, dtype = self.geometry.chunk_tokens, self.geometry.dtype
-            exact = (as_float32(storage_view(t.cpu()), dtype) for t in run)
-            keys, values = (t.reshape(len(t), -1, ct, t.shape[-1]) for t in exact)
-            stored = kind.build(keys, keys.shape[1] * ct, dtype, values)[:planes]
-        return kind.load(stored, self._dims[layer], self.geometry.dtype).copy()
+            keys, values = (storage_view(t.cpu()).reshape(len(t), -1, ct, t.shape[-1]) for t in run)
+            stored = build_all([name], keys, values, keys.shape[1] * ct, dtype)[name][:planes]
+        return ABSTRACTS[name].load(stored, self._dims[layer], self.geometry.dtype).copy()
+
+    def _stored_abstract(self, segment: Segment, layer: int, name: str, planes: int | None) -> Array | None:
+        """None where a segment has no such abstract, or has lost it since it was found."""
+        if name not in segment.info.abstracts:
+            return None
+        try:
+            with self._naming(segment):
+                return self._reader.stored_abstract(segment, name, layer, planes)
+        except Damaged:
+            if segment.seals is None or self.db.agrees([segment]):
+                raise
+            return None
 
     # -- writing
 

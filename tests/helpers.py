@@ -19,7 +19,8 @@ import numpy as np
 
 import kvdb
 from kvdb import EXACT, KVDB, Geometry, Identity, LayerGroup, Span
-from kvdb.geometry import div_ceil, from_float32
+from kvdb.abstracts import ABSTRACTS
+from kvdb.geometry import as_float32, div_ceil, from_float32
 from kvdb.options import Mode
 from kvdb.reader import Reader
 from kvdb.segments import Segment, SegmentWriter
@@ -126,6 +127,7 @@ def extend(
     fidelity: str = EXACT,
     segment_tokens: int = 1 << 30,
     spare: int = 0,
+    abstracts: tuple[str, ...] = ("box",),
 ) -> Stored:
     """Store a sequence, reusing whatever prefix is there, in segments of at most `segment_tokens`."""
     ident = ident or identity()
@@ -151,6 +153,7 @@ def extend(
             ident=ident,
             fidelity=fidelity,
             spare=spare,
+            abstracts=abstracts,
         )
         last, recorded = db.commit(writer, tokens[start:stop], model="a test", replaces=recorded)
         start, parent, written = stop, last.info.segment, True
@@ -171,8 +174,22 @@ def read_kv(reader: Reader, segment: Segment, layer: int, tokens: int) -> tuple[
     return keys, values
 
 
+def assert_abstracts_follow(reader: Reader, segment: Segment) -> None:
+    """Every stored abstract of a segment is what its `build` makes of the stored keys, all at once."""
+    info, geometry = segment.info, segment.info.geometry
+    for layer in geometry.layers if info.abstracts else ():
+        keys = as_float32(read_kv(reader, segment, layer, info.tokens)[0], geometry.dtype)
+        heads, tokens, dim = keys.shape
+        padded = np.zeros((heads, info.chunks * geometry.chunk_tokens, dim), np.float32)
+        padded[:, :tokens] = keys
+        by_chunk = padded.reshape(heads, info.chunks, geometry.chunk_tokens, dim)
+        for name in info.abstracts:
+            expected = ABSTRACTS[name].build(by_chunk, tokens, geometry.dtype)
+            assert np.array_equal(reader.stored_abstract(segment, name, layer), expected)
+
+
 def assert_reads_back(db: KVDB, tokens: Array, spans: tuple[Span, ...]) -> None:
-    """Spans hold exactly the KV that `model_kv` gives for `tokens`, bit for bit, whatever the read mode."""
+    """Spans hold exactly the KV that `model_kv` gives for `tokens`, bit for bit, whatever the read mode, and its abstracts."""
     reader = db.reader()
     try:
         position = 0
@@ -185,6 +202,7 @@ def assert_reads_back(db: KVDB, tokens: Array, spans: tuple[Span, ...]) -> None:
             for layer in info.geometry.layers:
                 for found, wanted in zip(read_kv(reader, segment, layer, count), expected[layer], strict=True):
                     assert np.array_equal(found.view(np.uint8), np.ascontiguousarray(wanted).view(np.uint8))
+            assert_abstracts_follow(reader, segment)
     finally:
         reader.close()
 

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvdb import __version__
+from kvdb.errors import InvalidInput
 from kvdb.tools import inspect, maintain
 from kvdb.tools.ask import ask as run_ask
 from kvdb.tools.evaluate.command import evaluate
@@ -244,6 +245,34 @@ def compact(store: Store, sequence: SomeSequence = None, as_json: Json = False) 
     It needs room for a copy of what it merges. The old files go with a later write, or with 'kvdb gc'.
     """
     raise typer.Exit(maintain.compact(store, sequence, as_json=as_json))
+
+
+@app.command(epilog="Example: kvdb abstracts notes.kvdb report --set sketch", rich_help_panel=HEALTH)
+def abstracts(
+    store: Store,
+    sequence: SomeSequence = None,
+    wanted: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME",
+            help="box, sketch, ...: have exactly these; may be repeated. Default: show what is there.",
+            show_default=False,
+        ),
+    ] = None,
+    none: Annotated[bool, typer.Option("--none", help="Have none: they are made from the keys when needed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the abstracts that selection reads, or say which one sequence, or all, shall have.
+
+    What is missing or damaged is made from the stored keys, what is not named goes; KV stays as it is. What sequences share
+    changes for all of them.
+    """
+    if wanted and none:
+        raise InvalidInput(f"--none and --set {wanted[0]}, expected one of them")
+    if wanted or none:
+        raise typer.Exit(maintain.set_abstracts(store, sequence, wanted or [], as_json=as_json))
+    raise typer.Exit(inspect.list_abstracts(store, sequence, as_json=as_json))
 
 
 @app.command(epilog="Example: kvdb pin notes.kvdb report", rich_help_panel=SPACE)

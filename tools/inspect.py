@@ -1,5 +1,5 @@
-"""`kvdb ls`, `info`, `verify`: what is in a store, and whether it is whole. No model is needed for any of them, and none
-changes anything."""
+"""`kvdb ls`, `info`, `verify`, and `abstracts` without `--set`: what is in a store, and whether it is whole. No model is needed for
+any of them, and none changes anything."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvdb import files
+from kvdb import files, format
+from kvdb.abstracts import ABSTRACTS
 from kvdb.entries import Sequence
 from kvdb.errors import Damaged, OlderFormat, Problem, StoreNotFound
 from kvdb.identity import EXACT
 from kvdb.options import Mode
+from kvdb.segments import codec_of
 from kvdb.store import KVDB
 from kvdb.tools.output import PROBLEM, print_json, print_problems, problems_json, stdout_console, visible, working
 from kvdb.tools.sizes import age_text, bytes_text, count_text, left_text, seconds_text
@@ -107,6 +109,66 @@ def _expiry(sequence: Sequence, now: float) -> Text:
     if sequence.expires is not None:
         return Text(left_text(sequence.expires - now), style="yellow")
     return Text("-", style="dim")
+
+
+def list_abstracts(store: Path, name_or_key: str | None, *, as_json: bool) -> int:
+    """The abstracts that the segments of each sequence have, or of one."""
+    with open_store(store, "r") as db:
+        sequences = db.sequences() if name_or_key is None else [db.sequence(name_or_key)]
+        found = [(sequence, _abstracts(db, sequence)) for sequence in sequences]
+    if as_json:
+        print_json({
+            "store": str(store),
+            "sequences": [
+                {"key": s.key, "name": s.name, "tokens": s.tokens, "segments": len(s.spans), "abstracts": abstracts}
+                for s, abstracts in found
+            ],
+        })  # fmt: skip
+        return 0
+    console = stdout_console()
+    if not found:
+        console.print(_empty(store), soft_wrap=True)
+        return 0
+    table = Table(box=box.SIMPLE_HEAD, border_style="dim", header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("NAME", overflow="fold")
+    table.add_column("KEY", no_wrap=True)
+    table.add_column("SEGMENTS", justify="right", no_wrap=True)
+    table.add_column("ABSTRACTS", overflow="fold")
+    for sequence, abstracts in found:
+        table.add_row(
+            Text(visible(sequence.name), style="bold") if sequence.name else Text("-", style="dim"),
+            Text(sequence.key[:KEY_SHOWN], style="cyan"),
+            f"{len(sequence.spans):,}",
+            Text("damaged", style="red") if abstracts is None else _abstracts_text(abstracts, len(sequence.spans)),
+        )
+    console.print(table)
+    return 0
+
+
+def _abstracts(db: KVDB, sequence: Sequence) -> dict[str, dict[str, int]] | None:
+    """Of each abstract, how many of a sequence's segments have it, and its bytes there; None where segments are gone."""
+    try:
+        segments = db.segments(sequence.spans)
+    except Damaged:
+        return None
+    found: dict[str, dict[str, int]] = {}
+    for info in (segment.info for segment in segments):
+        codec_of(info)  # refuses abstracts that this version does not know
+        for name in info.abstracts:
+            groups = range(len(info.geometry.groups))
+            places = [format.abstract_layout(info.geometry, g, info.chunks, ABSTRACTS[name]) for g in groups]
+            so_far = found.setdefault(name, {"segments": 0, "bytes": 0})
+            so_far["segments"] += 1
+            so_far["bytes"] += sum(place.file_bytes for place in places)
+    return dict(sorted(found.items()))
+
+
+def _abstracts_text(abstracts: dict[str, dict[str, int]], segments: int) -> Text:
+    said = []
+    for name, has in abstracts.items():
+        some = "" if has["segments"] == segments else f" in {has['segments']:,} of them"
+        said.append(f"{name} {bytes_text(has['bytes'])}{some}")
+    return Text(", ".join(said)) if said else Text("-", style="dim")
 
 
 def show_info(store: Path, *, as_json: bool) -> int:

@@ -1,7 +1,8 @@
-"""`kvdb rm`, `pin`, `evict`, `cap`, `gc`, `compact`, `repair`, `export`, `import`: what changes a store, or moves what is in it.
+"""`kvdb rm`, `pin`, `evict`, `cap`, `gc`, `compact`, `abstracts`, `repair`, `export`, `import`: what changes a store, or moves what
+is in it.
 
-What a command frees is free when it returns: commands wait for no grace period. (`compact` is the exception: it may run
-beside readers, so what it replaced goes with a later write or `gc`.) Ctrl-C leaves a whole store.
+What a command frees is free when it returns: commands wait for no grace period. (`compact` and `abstracts` are the exceptions:
+they may run beside readers, so what they replaced goes with a later write or `gc`.) Ctrl-C leaves a whole store.
 """
 
 from __future__ import annotations
@@ -105,6 +106,29 @@ def compact(store: Path, name_or_key: str | None, *, as_json: bool) -> int:
     return _done(
         {"store": str(store), "segments_saved": saved, "segments": after["segments"], "copied_bytes": copied},
         f"{count_text(before['segments'], 'segment')} before, {after['segments']:,} now; {bytes_text(copied)} copied",
+        as_json=as_json,
+    )
+
+
+def set_abstracts(store: Path, name_or_key: str | None, wanted: list[str], *, as_json: bool) -> int:
+    """Give every segment of a sequence, or of all, exactly these abstracts."""
+    with open_store(store, "r+") as db:
+        key = None if name_or_key is None else db.sequence(name_or_key).key
+        before = db.info()
+        what = f"making abstracts in {store}: {count_text(before['segments'], 'segment')}, {bytes_text(before['disk_bytes'])}"
+        left = "a sequence that was done stays so, any other has what it had; the same command goes on from there"
+        with working(what, interrupted=left):
+            changed = db.set_abstracts(key, wanted)
+        written = db.info()["bytes_written"] - before["bytes_written"]
+    return _done(
+        {
+            "store": str(store),
+            "sequence": key,
+            "abstracts": sorted(set(wanted)),
+            "segments_changed": changed,
+            "written_bytes": written,
+        },
+        f"{count_text(changed, 'segment')} changed, {bytes_text(written)} written",
         as_json=as_json,
     )
 

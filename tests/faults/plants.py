@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import pytest
 
-from kvdb import KVDB, files, folder
+from kvdb import KVDB, files, folder, summarise
 from kvdb.segments import Segment, SegmentWriter
 
 Patch = pytest.MonkeyPatch
@@ -75,6 +75,16 @@ def _unlink_before_commit(patch: Patch) -> None:
     patch.setattr(KVDB, "delete", unlink_first)
 
 
+def _abstracts_by_segment(patch: Patch) -> None:
+    """The segments of a sequence get other abstracts one after the other, each in a transaction of its own."""
+    real = summarise._settle
+
+    def settle(db: KVDB, segments: list[str], wanted: tuple[str, ...]) -> int:
+        return sum(real(db, [segment], wanted) for segment in segments)
+
+    patch.setattr(summarise, "_settle", settle)
+
+
 def _retried_fsync(patch: Patch) -> None:
     """The second fsync after a failed one says yes: the kernel has dropped the pages and forgotten the error."""
     real = files.fsync
@@ -111,6 +121,7 @@ PLANTS: Final[dict[str, Callable[[Patch], None]]] = {
     "no directory fsync": _no_directory_fsync,
     "commit before data": _commit_before_data,
     "unlink before commit": _unlink_before_commit,
+    "abstracts by segment": _abstracts_by_segment,
     "retried fsync": _retried_fsync,
     "lock skipped": _lock_skipped,
     "no sweep": _no_sweep,

@@ -57,7 +57,15 @@ def fails_then_crashes(scratch: Path, fault: Fault, seed: int, plant: str | None
 
 
 @pytest.mark.parametrize(
-    "plant", ["no file fsync", "no directory fsync", "commit before data", "unlink before commit", "no sweep"]
+    "plant",
+    [
+        "no file fsync",
+        "no directory fsync",
+        "commit before data",
+        "unlink before commit",
+        "abstracts by segment",
+        "no sweep",
+    ],
 )
 def test_crash_states_show(scratch: Path, plant: str) -> None:
     vfs = lived(scratch / "life", plant=plant)

@@ -22,7 +22,7 @@ import pytest
 from helpers import Array, assert_reads_back, extend, identity, token_list
 
 from kvdb import KVDB, Geometry, LayerGroup
-from kvdb.errors import KVDBError
+from kvdb.errors import KVDBError, SequenceNotFound
 from kvdb.repair import repair
 
 GEOMETRY = Geometry(
@@ -48,12 +48,16 @@ class Violation(AssertionError):
 
 
 class Step(NamedTuple):
-    """`passes` gives the states a step may be interrupted in, `ends` those it may end in: by default the last it passes."""
+    """`passes` gives the states a step may be interrupted in, `ends` those it may end in: by default the last it passes.
+
+    shows  whether it shows in a store that it is done; raises Violation where it is half done
+    """
 
     label: str
     act: Callable[[Life], object]
     passes: Callable[[State], list[State]]
     ends: Callable[[State], list[State]] | None = None
+    shows: Callable[[KVDB], bool] | None = None
 
 
 class Life:
@@ -104,6 +108,7 @@ class Life:
             if ack.startswith("failed") and "SequenceNotFound" not in ack:
                 raise Violation("unusable", f"a call that did not fail itself: {ack}")
         _look(self.db, possible(self.acks, script))
+        _look_for_what_shows(self.db, self.acks, script)
         self.close()
 
 
@@ -200,6 +205,17 @@ def compact(name: str) -> Step:
     return Step(f"compact {name}", lambda life: life.db.compact(name), lambda s: [s])
 
 
+def abstracts(name: str, *wanted: str) -> Step:
+    """Give a sequence other abstracts: all its segments have the new ones, or all the old ones."""
+
+    def shows(db: KVDB) -> bool:
+        found = {segment.info.abstracts for segment in db.segments(db.sequence(name).spans)}
+        _expect(len(found) == 1, "torn", f"segments of {name} have abstracts {found}")
+        return found == {wanted}
+
+    return Step(f"abstracts {name}", lambda life: life.db.set_abstracts(name, wanted), lambda s: [s], shows=shows)
+
+
 def pin(name: str) -> Step:
     return Step(f"pin {name}", lambda life: life.db.pin(name), lambda s: [s])
 
@@ -237,6 +253,7 @@ LIFE = (
     store("branch", BRANCH),
     store("turn", TURN, name="chat"),
     compact("chat"),
+    abstracts("chat", "sketch"),
     pin("chat"),
     store("draft", DRAFT, name="draft"),
     store("second draft", SECOND, name="draft"),
@@ -247,7 +264,15 @@ LIFE = (
     delete("draft"),
     CLOSE,
 )
-REPAIRED = (CREATE, store("trunk", TRUNK, name="trunk"), store("branch", BRANCH), rebuild(), store("last", LAST), CLOSE)
+REPAIRED = (
+    CREATE,
+    store("trunk", TRUNK, name="trunk"),
+    store("branch", BRANCH),
+    abstracts("trunk", "box", "sketch"),
+    rebuild(),
+    store("last", LAST),
+    CLOSE,
+)
 VISIT = (store("visit", NEXT, name="visit"), CLOSE)
 SCRIPTS = {"life": LIFE, "repaired": REPAIRED, "visit": VISIT}
 
@@ -297,6 +322,7 @@ def judge(path: Path, acks: list[str], script: tuple[Step, ...] = LIFE, **option
             repair(path, apply=True)
         with KVDB.open(path, **options) as db:
             _look(db, allowed)
+            _look_for_what_shows(db, acks, script)
             _expect([p.name for p in (path / "tmp").iterdir()] == [], "torn", "tmp/ was not swept")
             extend(db, NEXT, name="next", geometry=GEOMETRY)
             _look(db, {state | {("next", NEXT.tobytes())} for state in allowed})
@@ -319,6 +345,13 @@ def _look(db: KVDB, allowed: set[State]) -> None:
         match = db.match(identity(), tokens)
         _expect(match.tokens >= matched(found, tokens), "lost", f"only {match.tokens} tokens of a prefix are found")
         _reads_back(db, tokens, match.spans)
+
+
+def _look_for_what_shows(db: KVDB, acks: list[str], script: tuple[Step, ...]) -> None:
+    for step, ack in zip(script, [*acks, "in flight"], strict=False):
+        if step.shows is not None:
+            with contextlib.suppress(SequenceNotFound):  # it is not in every state: `_look` has judged that
+                _expect(step.shows(db) or not ack.startswith("done"), "lost", f"{step.label}: done, and does not show")
 
 
 def _reads_back(db: KVDB, tokens: Array, spans: Any) -> None:

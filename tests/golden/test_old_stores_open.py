@@ -61,6 +61,14 @@ def test_it_holds_what_was_stored_and_goes_on(golden: Path, tmp_path: Path) -> N
 
 
 @every_store
+def test_it_takes_other_abstracts(golden: Path, tmp_path: Path) -> None:
+    with opened(unpacked(golden, tmp_path / "s")) as db:
+        for wanted in (("sketch",), (), ("box",)):
+            assert db.set_abstracts(None, wanted) == db.info()["segments"]
+            assert_holds_the_content(db)
+
+
+@every_store
 def test_its_arrays_stay_as_they_are(golden: Path, tmp_path: Path) -> None:
     root = unpacked(golden, tmp_path / "s")
     before = tree_bytes(root / "chunks")

@@ -499,6 +499,43 @@ def test_compaction_makes_few_segments_of_many_turns_and_gc_frees_the_rest(store
 # -- keeping a store healthy
 
 
+def test_abstracts_are_shown_set_and_taken_away(store: Path) -> None:
+    shown = {s["name"]: s for s in said("abstracts", store)["sequences"]}
+    assert {"first", "chat"} <= set(shown)
+    assert shown["chat"]["segments"] > 1
+    assert {name for s in shown.values() for name in s["abstracts"]} == {"box"}
+    assert shown["chat"]["abstracts"]["box"]["segments"] == shown["chat"]["segments"]
+
+    kv = {p: p.stat().st_ino for p in (store / "chunks").glob("*.kv*/*")}
+    found = said("abstracts", store, "chat", "--set", "sketch", "--set", "box")
+    assert (found["abstracts"], found["segments_changed"]) == (["box", "sketch"], shown["chat"]["segments"])
+    assert found["written_bytes"] > 0
+    (chat,) = said("abstracts", store, "chat")["sequences"]
+    assert chat["abstracts"]["box"] == shown["chat"]["abstracts"]["box"]
+    assert chat["abstracts"]["sketch"]["bytes"] > 0
+    assert "sketch" not in said("abstracts", store, "first")["sequences"][0]["abstracts"]
+    code, out, _ = here("abstracts", store)
+    assert code == 0
+    assert f"sketch {bytes_text(chat['abstracts']['sketch']['bytes'])}" in out
+
+    assert here("abstracts", store, "chat", "--set", "box", "--set", "sketch")[1] == "0 segments changed, 0 B written\n"
+    assert said("abstracts", store, "--none")["written_bytes"] == 0
+    assert {len(s["abstracts"]) for s in said("abstracts", store)["sequences"]} == {0}
+    assert {p: p.stat().st_ino for p in (store / "chunks").glob("*.kv*/*")} == kv
+    with opened(store, "r") as db:
+        assert_reads_back(db, token_list(360, seed=2), db.sequence("chat").spans)
+
+
+def test_abstracts_that_cannot_be_are_refused(store: Path) -> None:
+    code, _, err = here("abstracts", store, "--set", "mean")
+    assert (code, err) == (2, "error: abstracts: ['mean'], expected some of ['box', 'sketch']\n")
+    assert here("abstracts", store, "--none", "--set", "box")[0] == 2
+    assert said("abstracts", store, "nobody", "--set", "box", code=2)["error"]["kind"] == "sequence-not-found"
+    assert said("abstracts", store.with_name("none"), code=2)["error"]["kind"] == "store-not-found"
+    damage(store, "first")
+    assert said("abstracts", store, "first", "--set", "sketch", code=1)["error"]["kind"] == "damaged"
+
+
 def damage(store: Path, name: str) -> None:
     """Flip a bit in the first segment of a sequence."""
     with KVDB.open(store, "r") as db:
@@ -593,6 +630,11 @@ def test_a_sequence_travels_in_one_file(store: Path, tmp_path: Path) -> None:
         (["repair"], "kvdb.repair.check_store", "repair did not end; nothing was changed"),
         (["repair", "--apply"], "kvdb.repair.check_store", "repair did not end; repair it again with the same command"),
         (["compact"], "kvdb.compact._merge", "what was merged so far stays; the same command goes on from there"),
+        (
+            ["abstracts", "--set", "sketch"],
+            "kvdb.summarise._fill",
+            "a sequence that was done stays so, any other has what it had; the same command goes on from there",
+        ),
         (["export", "chat", "x.zip"], "kvdb.portable._put", "x.zip was not written"),
         (["import", "y.zip"], "kvdb.portable._extract", "nothing was imported"),
     ],
@@ -622,7 +664,7 @@ def test_ctrl_c_says_what_is_left_and_leaves_a_whole_store(
 def test_every_help_has_an_example() -> None:
     names = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
     assert names == [
-        "ask", "cap", "compact", "eval", "evict", "export", "gc", "import", "info", "ls", "pin", "repair", "rm", "unpin", "verify",
+        "abstracts", "ask", "cap", "compact", "eval", "evict", "export", "gc", "import", "info", "ls", "pin", "repair", "rm", "unpin", "verify",
     ]  # fmt: skip
     for command in ([], *([name] for name in names)):
         code, out, _ = here(*command, "--help")

@@ -15,6 +15,7 @@ from tiny_models import greedy, prompt, tiny
 from torch import Tensor
 
 from kvdb import KVDB
+from kvdb.abstracts import ABSTRACTS
 from kvdb.errors import InvalidInput, Unsupported
 from kvdb.runtime import attach
 from kvdb.runtime.selection import SELECTORS, CentroidSelector
@@ -110,6 +111,21 @@ def test_a_selector_may_be_given_with_its_settings(db: KVDB) -> None:
     by_name, same, other = found.values()
     assert torch.equal(by_name, same)
     assert not torch.equal(by_name, other)
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("box", "sketch"), ("sketch", "box")])
+def test_an_abstract_that_is_stored_later_is_read_and_not_made(
+    db: KVDB, monkeypatch: pytest.MonkeyPatch, stored: str, asked: str
+) -> None:
+    model, ids = tiny("llama"), prompt(TOKENS)
+    with attach(model, db, exact=True, selector=stored) as kv:
+        kv.save(kv.cache(ids), name="n")
+    with attach(model, db, budget=0.2, selector=asked) as kv:
+        expected = logits(model, kv.cache(ids), ids)
+    assert db.set_abstracts("n", (asked,)) > 0
+    monkeypatch.setattr(type(ABSTRACTS[asked]), "build", None)
+    with attach(model, db, budget=0.2, selector=asked) as kv:
+        assert torch.equal(logits(model, kv.cache(ids), ids), expected)
 
 
 @pytest.mark.parametrize(

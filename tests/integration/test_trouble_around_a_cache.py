@@ -241,6 +241,59 @@ def test_a_sequence_that_is_merged_while_it_is_loaded_is_found_where_it_is_now(
         assert db.check() == []
 
 
+def answer_undisturbed(tmp_path: Path, selector: str, **rule: float) -> Tensor:
+    with opened(tmp_path / "undisturbed") as db, attach(tiny(), db, selector=selector, **rule) as kv:  # type: ignore[arg-type]
+        return greedy(kv.model, prompt(1500), kv.cache(prompt(1500)), 8)
+
+
+@pytest.mark.parametrize("wanted", [(), ("sketch",), ("box", "sketch")])
+@pytest.mark.parametrize("when", ["before the first step", "between steps", "while the prefix is opened"])
+def test_a_cache_whose_abstracts_are_changed_answers_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: tuple[str, ...], when: str
+) -> None:
+    model, ids = tiny(), prompt(1500)
+    expected = answer_undisturbed(tmp_path, "box", budget=0.2)
+    with opened(tmp_path / "s") as other, KVDB.open(tmp_path / "s", grace_s=0) as db:
+        with attach(model, db, budget=0.2) as kv:
+            cache = kv.cache(ids)  # its segments are stored, and nothing has read their abstracts
+
+            def meddle() -> int:
+                changed = other.set_abstracts(None, wanted)
+                other.gc()
+                return changed
+
+            if when == "while the prefix is opened":
+                Meddler(monkeypatch, meddle, 1)
+                cache = kv.cache(ids)
+                assert cache.metrics.reused_tokens == 1499
+                assert {s.info.abstracts for s in db.segments(db.match(kv.identity(), ids[0].numpy()).spans)} == {
+                    wanted
+                }
+            if when == "before the first step":
+                assert meddle() > 0
+            out = greedy(model, ids, cache, 3)
+            if when == "between steps":
+                assert meddle() > 0
+            longer = torch.cat((ids, out), 1)
+            assert torch.equal(torch.cat((out, greedy(model, longer, cache, 5)), 1), expected)
+            kv.save(cache, name="answered")
+        with attach(model, db, budget=0.2, fidelity="any") as kv:
+            assert kv.load("answered").length == 1507
+
+
+def test_a_damaged_abstract_is_told_and_can_be_made_anew_under_the_cache(tmp_path: Path) -> None:
+    model, ids = tiny(), prompt(1500)
+    expected = answer_undisturbed(tmp_path, "box", budget=0.2)
+    with opened(tmp_path / "s") as db, attach(model, db, budget=0.2) as kv:
+        kv.save(kv.cache(ids), name="n")
+        segment = db.segments(db.sequence("n").spans)[0].info.segment
+        flip(tmp_path / "s" / "chunks" / f"{segment}.box0" / "c.0.0.0.0.0", 3)
+        with pytest.raises(Damaged, match=r"sequence n: .* box abstract, .*'kvdb abstracts' makes it anew"):
+            greedy(model, ids, kv.load("n"), 8)
+        assert db.set_abstracts("n", ("box",)) == 1
+        assert torch.equal(greedy(model, ids, kv.load("n"), 8), expected)
+
+
 def test_a_forgotten_cache_is_collected_without_waiting_for_its_writes(tmp_path: Path) -> None:
     model, ids = tiny(), prompt(1500)
     with opened(tmp_path / "s") as db, attach(model, db, exact=True) as kv:

@@ -34,9 +34,11 @@ from hypothesis.stateful import (
 )
 
 from kvdb import EXACT, KVDB, Geometry, LayerGroup, Sequence, Span
+from kvdb.abstracts import ABSTRACTS
 from kvdb.entries import Limits, sequence_key
 from kvdb.errors import InvalidInput, KVDBError, SequenceNotFound, StorageFull
 from kvdb.files import Moment
+from kvdb.geometry import as_float32
 from kvdb.prefix import common_prefix
 from kvdb.reader import Reader
 from kvdb.repair import repair
@@ -95,6 +97,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.others: list[KVDB] = []
         self.segments: dict[str, KnownSegment] = {}
         self.sequences: dict[str, KnownSequence] = {}
+        self.abstracts: dict[str, set[str]] = {}  # of each segment, when it was last looked at
 
     def teardown(self) -> None:
         try:
@@ -373,6 +376,35 @@ class StoreMachine(RuleBasedStateMachine):
         if saved:
             self.read_all()
 
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), wanted=st.sets(st.sampled_from(sorted(ABSTRACTS))), everything=st.booleans())
+    def set_abstracts(self, data: st.DataObject, wanted: set[str], everything: bool) -> None:
+        """The segments of a sequence, or all, have these abstracts, or what they had where there is no room; KV stays put."""
+        key, known = self.draw_sequence(data)
+        chosen = set(self.segments) if everything else {span.segment for span in known.spans}
+        before, files = self.look_at_abstracts(), self.kv_files()
+        try:
+            changed = self.db.set_abstracts(None if everything else key, wanted)
+            self.abstracts |= dict.fromkeys(chosen, wanted)
+            assert changed == sum(before[segment] != wanted for segment in chosen)
+        except StorageFull:
+            assert self.cap is not None
+            if everything:  # those that were done before stay so
+                self.abstracts = self.look_at_abstracts()
+        self.agree()
+        now = self.kv_files()
+        assert all(files[path] == inode for path, inode in now.items())
+        if key in self.sequences:
+            assert_reads_back(self.db, np.array(known.tokens, "<u4"), known.spans)
+
+    def kv_files(self) -> dict[Path, int]:
+        """Every shard of KV and its inode."""
+        return {path: path.stat().st_ino for path in (self.root / "chunks").glob("*.kv*/c.*")}
+
+    def look_at_abstracts(self) -> dict[str, set[str]]:
+        with self.db.catalog.begin() as txn:
+            return {segment: set(entry.info.abstracts) for segment, entry in txn.segments().items()}
+
     @rule(
         mode=st.sampled_from(["a", "r+"]),
         read_mode=st.sampled_from(["mmap", "pread"]),
@@ -552,6 +584,12 @@ class StoreMachine(RuleBasedStateMachine):
                     self.db.sequence(name)
 
     @invariant()
+    def it_has_the_abstracts_it_was_given(self) -> None:
+        now = self.look_at_abstracts()
+        assert all(self.abstracts.get(segment, names) == names for segment, names in now.items())
+        self.abstracts = now
+
+    @invariant()
     def it_is_healthy(self) -> None:
         self.steps += 1
         if self.steps % CHECK_EVERY == 0:
@@ -573,9 +611,9 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def manifest(path: Path) -> Sequence:
-    """What a manifest says that a commit which fails cannot have changed."""
+    """What a manifest says that a commit which fails cannot have changed, and other abstracts do not."""
     found = msgspec.json.decode(path.read_bytes(), type=Sequence)
-    return msgspec.structs.replace(found, pinned=False, expires=None, model="", last_used=0.0, hits=0)
+    return msgspec.structs.replace(found, pinned=False, expires=None, model="", root="", last_used=0.0, hits=0)
 
 
 SIZES = {"dev": (25, 30), "ci": (200, 75), "nightly": (1000, 500)}  # profile -> examples, steps of each
@@ -645,6 +683,14 @@ def compaction_merges_other_branches(m: pytest.MonkeyPatch) -> None:
     m.setattr("kvdb.compact.np.array_equal", lambda a, b: True)
 
 
+def abstracts_are_made_of_other_keys(m: pytest.MonkeyPatch) -> None:
+    m.setattr("kvdb.summarise.as_float32", lambda keys, dtype: as_float32(keys, dtype) + 1)
+
+
+def abstracts_that_go_stay_in_the_catalog(m: pytest.MonkeyPatch) -> None:
+    m.setattr(Transaction, "change_abstracts", lambda self, changed: None)
+
+
 def repair_keeps_a_damaged_segment(m: pytest.MonkeyPatch) -> None:
     m.setattr("kvdb.repair.drop_segments", lambda *args, **options: [])
 
@@ -663,6 +709,8 @@ PLANTED = [
     the_cap_is_not_enforced,
     compaction_loses_the_last_chunk,
     compaction_merges_other_branches,
+    abstracts_are_made_of_other_keys,
+    abstracts_that_go_stay_in_the_catalog,
     repair_keeps_a_damaged_segment,
     a_rebuild_forgets_names,
 ]
