@@ -175,16 +175,16 @@ def read_kv(reader: Reader, segment: Segment, layer: int, tokens: int) -> tuple[
 
 
 def assert_abstracts_follow(reader: Reader, segment: Segment) -> None:
-    """Every stored abstract of a segment is what its `build` makes of the stored keys, all at once."""
+    """Every stored abstract of a segment is what its `build` makes of the stored keys and values, all at once."""
     info, geometry = segment.info, segment.info.geometry
     for layer in geometry.layers if info.abstracts else ():
-        keys = as_float32(read_kv(reader, segment, layer, info.tokens)[0], geometry.dtype)
-        heads, tokens, dim = keys.shape
-        padded = np.zeros((heads, info.chunks * geometry.chunk_tokens, dim), np.float32)
-        padded[:, :tokens] = keys
-        by_chunk = padded.reshape(heads, info.chunks, geometry.chunk_tokens, dim)
+        exact = as_float32(np.stack(read_kv(reader, segment, layer, info.tokens)), geometry.dtype)
+        _, heads, tokens, dim = exact.shape
+        padded = np.zeros((2, heads, info.chunks * geometry.chunk_tokens, dim), np.float32)
+        padded[:, :, :tokens] = exact
+        keys, values = padded.reshape(2, heads, info.chunks, geometry.chunk_tokens, dim)
         for name in info.abstracts:
-            expected = ABSTRACTS[name].build(by_chunk, tokens, geometry.dtype)
+            expected = ABSTRACTS[name].build(keys, tokens, geometry.dtype, values)
             assert np.array_equal(reader.stored_abstract(segment, name, layer), expected)
 
 

@@ -206,7 +206,9 @@ def test_what_a_drop_could_not_move_is_no_hindrance(path: Path, monkeypatch: pyt
 def test_what_cannot_be_is_refused_and_nothing_changes(path: Path) -> None:
     with opened(path) as db:
         stored(db)
-        with pytest.raises(InvalidInput, match=r"abstracts: \['mean'\], expected some of \['box', 'sketch'\]"):
+        with pytest.raises(
+            InvalidInput, match=r"abstracts: \['bag'\], expected some of \['box', 'centroid', 'mean', 'sketch'\]"
+        ):
             db.set_abstracts("n", ("box", "bag"))
         with pytest.raises(SequenceNotFound):
             db.set_abstracts("other", ("box",))
