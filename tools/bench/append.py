@@ -28,22 +28,25 @@ def run(
         Path | None, typer.Option(help="where to write; the system's temporary folder if not given")
     ] = None,
     rounds: Annotated[int, typer.Option(help="measured pairs of each size")] = 9,
+    abstract: Annotated[str, typer.Option(help="what to summarise records by")] = "sketch",
 ) -> None:
     """GB/s of a committed segment in a real model's geometry, beside one sequential write and fsync."""
     with scratch(folder) as place:
         kind = file_system(place)
-        rows = [_measure(place, dtype, mib, rounds) for dtype in ("bfloat16", "float32") for mib in SIZES_MIB]
-    table = Table("dtype", "MiB", "tokens", "segment GB/s", "plain file GB/s", "ratio", title=f"append, on {kind}")
+        rows = [_measure(place, dtype, mib, rounds, abstract) for dtype in ("bfloat16", "float32") for mib in SIZES_MIB]
+    table = Table(
+        "dtype", "MiB", "tokens", "segment GB/s", "plain file GB/s", "ratio", title=f"append with {abstract}, on {kind}"
+    )
     for r in rows:
         table.add_row(
             r["dtype"], f"{r['mib']}", f"{r['tokens']}", f"{r['segment_gbs']:.2f}", f"{r['file_gbs']:.2f}",
             f"{r['ratio']:.0%}",
         )  # fmt: skip
     Console().print(table)
-    write_result("append", {"file_system": kind, "rounds": rounds, "rows": rows})
+    write_result("append", {"file_system": kind, "rounds": rounds, "abstract": abstract, "rows": rows})
 
 
-def _measure(place: Path, dtype: str, mib: int, rounds: int) -> dict[str, Any]:
+def _measure(place: Path, dtype: str, mib: int, rounds: int, abstract: str) -> dict[str, Any]:
     shape = geometry(dtype)
     tokens = (mib << 20) // shape.token_bytes // 16 * 16
     kv = noise(shape, tokens)
@@ -56,7 +59,7 @@ def _measure(place: Path, dtype: str, mib: int, rounds: int) -> dict[str, Any]:
 
             def segment(number: int = number) -> None:
                 nonlocal key
-                key = store(db, shape, kv, ids(tokens, number)).sequence
+                key = store(db, shape, kv, ids(tokens, number), abstracts=(abstract,)).sequence
 
             ours.append(seconds(segment))
             plain.append(seconds(lambda: _plain_file(place / "plain", kv, len(shape.layers))))

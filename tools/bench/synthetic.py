@@ -47,7 +47,13 @@ def ids(count: int, seed: int) -> Array:
 
 
 def store(
-    db: KVDB, shape: Geometry, kv: tuple[Array, Array], tokens: Array, *, after: Segment | None = None
+    db: KVDB,
+    shape: Geometry,
+    kv: tuple[Array, Array],
+    tokens: Array,
+    *,
+    after: Segment | None = None,
+    abstracts: tuple[str, ...] = ("sketch",),
 ) -> Committed:
     """Write and commit one segment that holds the same KV in every layer, after another one if given."""
     writer = db.writer(
@@ -57,6 +63,7 @@ def store(
         parent=after.info.segment if after else None,
         start=after.info.stop if after else 0,
         capacity=shape.chunks(len(tokens)),
+        abstracts=abstracts,
     )
     for layer in shape.layers:
         writer.append(layer, *kv)
