@@ -71,6 +71,12 @@ class SegmentEntry(msgspec.Struct, frozen=True, kw_only=True):
     disk_bytes: int
     changes: int = 0
 
+    def __post_init__(self) -> None:
+        if self.seals.keys() != set(self.info.array_names()):  # they become paths
+            raise InvalidInput(
+                f"segment {self.info.segment}: seals of {sorted(self.seals)}, expected those of {sorted(self.info.array_names())}"
+            )
+
 
 class Use(msgspec.Struct, frozen=True, kw_only=True):
     """How often, and when last (store time), a segment was reused."""

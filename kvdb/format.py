@@ -14,6 +14,7 @@ Zarr readers find chunks through the index and ignore what lies between payload 
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any, NamedTuple
 
@@ -90,6 +91,8 @@ class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
                 f"segment {self.segment}: start {self.start}, parent {self.parent}, expected a start on the grid of {ct} "
                 "and a parent exactly when it is not 0"
             )
+        if not math.isfinite(self.created):
+            raise InvalidInput(f"segment {self.segment}: created {self.created}, expected a time")
         names = set(self.abstracts)
         if len(names) != len(self.abstracts) or not all(name.isidentifier() and len(name) <= 64 for name in names):
             raise InvalidInput(f"segment {self.segment}: abstracts {self.abstracts!r}, expected different names")

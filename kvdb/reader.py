@@ -145,6 +145,10 @@ def _open_checked(segment: Segment, group: int, place: format.ShardLayout, row: 
     return path, fd
 
 
+_AbstractKey = tuple[str, int, int, str]
+"""Segment, how often its abstracts had changed, layer group, abstract."""
+
+
 class Reader(ABC):
     """Contract: whole files are checked on `open`, every byte asked for is delivered or an error is raised."""
 
@@ -154,8 +158,8 @@ class Reader(ABC):
         self.bytes_read = 0
         self._verify, self._verified = verify, verified or Verified()
         self._open: dict[tuple[str, int], _OpenArray] = {}
-        self._abstracts: dict[tuple[str, int, str], tuple[Path, int]] = {}  # path, descriptor
-        self._plane_digests: dict[tuple[str, int, str], list[str]] = {}
+        self._abstracts: dict[_AbstractKey, tuple[Path, int]] = {}  # path, descriptor
+        self._plane_digests: dict[_AbstractKey, list[str]] = {}
 
     def open(self, segment: Segment) -> None:
         """Open all files of a segment now instead of at the first read: what is open stays readable if it is deleted.
@@ -284,7 +288,7 @@ class Reader(ABC):
     def _abstract_digests(self, segment: Segment, group: int, name: str) -> list[str]:
         """Of every plane, layer after layer."""
         assert segment.seals is not None
-        key = (segment.info.segment, group, name)
+        key = (segment.info.segment, segment.changes, group, name)
         if key not in self._plane_digests:
             array = format.abstract_array(segment.info.segment, name, group)
             path, fd = _open_array(segment, group, array, format.METADATA_KEY)
@@ -302,7 +306,7 @@ class Reader(ABC):
         return self._plane_digests[key]
 
     def _abstract(self, segment: Segment, group: int, name: str) -> tuple[Path, int]:
-        key = (segment.info.segment, group, name)
+        key = (segment.info.segment, segment.changes, group, name)
         if key not in self._abstracts:
             self._abstracts[key] = _open_array(segment, group, format.abstract_array(segment.info.segment, name, group))
             if segment.seals is not None and self._verify != "never":

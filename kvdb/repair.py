@@ -138,15 +138,24 @@ def _problems(path: Path, *, writing: bool) -> list[Problem]:
 
 
 def _mend(path: Path, bad: set[str], report: Repair) -> None:
-    with contextlib.closing(_catalog(path, readonly=not report.applied)) as catalog:
+    with contextlib.closing(_catalog(path, readonly=not report.applied)) as catalog, contextlib.ExitStack() as locked:
+        if report.applied:
+            locked.enter_context(catalog.locked())
+            bad = _damaged(path, catalog, bad)  # what somebody has mended meanwhile stays
         if bad:
             report.actions += drop_segments(path, catalog, bad, apply=report.applied)
         for problem in report.problems:
             if problem.kind in _LITTER:
                 report.actions.append(f"tidy {problem.loc}")
         if report.applied:
-            with catalog.locked():
-                _tidy(path, catalog)
+            _tidy(path, catalog)
+
+
+def _damaged(path: Path, catalog: Catalog, segments: Iterable[str]) -> set[str]:
+    """Those of them whose files are not what their entries say."""
+    with catalog.begin() as txn:
+        views = [(entry, txn.identity(entry.info.identity)) for s in segments if (entry := txn.entry(s)) is not None]
+    return {e.info.segment for e, identity in views if any(check_files(path / "chunks", e, identity, None))}
 
 
 def _tidy(path: Path, catalog: Catalog) -> None:
@@ -244,8 +253,7 @@ def drop_lost(path: Path, catalog: Catalog) -> None:
     with catalog.locked():
         with catalog.begin() as txn:
             earlier = [segment for segment, written in txn.unsynced().items() if written != boot]
-            views = [(entry, txn.identity(entry.info.identity)) for s in earlier if (entry := txn.entry(s)) is not None]
-        lost = {e.info.segment for e, identity in views if any(check_files(path / "chunks", e, identity, None))}
+        lost = _damaged(path, catalog, earlier)
         if lost:
             drop_segments(path, catalog, lost, apply=True)
         with catalog.begin(write=True) as txn:

@@ -21,7 +21,7 @@ from kvdb import compact, files, folder, forks, manifests, portable, repair, sum
 from kvdb.catalog import Catalog
 from kvdb.check import check_store
 from kvdb.codecs import Codec, Raw
-from kvdb.entries import Found, Limits, SegmentEntry, Sequence, Span, check_name, spans_root
+from kvdb.entries import Found, Limits, SegmentEntry, Sequence, Span, check_name
 from kvdb.errors import (
     Damaged,
     InvalidInput,
@@ -254,7 +254,8 @@ class KVDB:
                 infos = [entry.info for s in waiting if (entry := txn.entry(s)) is not None]
             if waiting:
                 chunks = self.path / "chunks"
-                files.fsync_trees([chunks / array for info in infos for array in info.array_names()])
+                arrays = [chunks / array for info in infos for array in info.array_names()]
+                files.fsync_trees([array for array in arrays if array.exists()])  # what is gone is for `check` to tell
                 files.fsync_dir(chunks)
                 with self.catalog.begin(write=True) as txn:
                     for segment in waiting:
@@ -338,10 +339,7 @@ class KVDB:
             found = txn.sequence(name_or_key)
             if found.expires is not None and found.expires <= txn.now() and not found.pinned:
                 raise SequenceNotFound(f"sequence {name_or_key!r}: expired, expected a live one; save it again")
-            if (root := spans_root(found.spans, txn.span_entries(found.spans))) != found.root:
-                raise Damaged(
-                    f"sequence {name_or_key!r}: root of its segments is {root}, expected {found.root}; run 'kvdb repair'"
-                )
+            txn.check_root(found)
             return found
 
     def identity(self, digest: str) -> Identity:

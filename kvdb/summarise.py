@@ -63,11 +63,16 @@ def set_abstracts(db: KVDB, name_or_key: str | None, abstracts: Iterable[str]) -
         raise InvalidInput(f"abstracts: {unknown}, expected some of {sorted(ABSTRACTS)}")
     with db.catalog.begin() as txn:
         sequences = txn.sequences() if name_or_key is None else [txn.sequence(name_or_key)]
-    settled, changed = set[str](), 0
+    settled, changed, damage = set[str](), 0, list[Damaged]()
     for sequence in sequences:
         segments = [span.segment for span in sequence.spans]
-        changed += _settle(db, [segment for segment in segments if segment not in settled], wanted)
+        try:
+            changed += _settle(db, [segment for segment in segments if segment not in settled], wanted)
+        except Damaged as e:  # the others are changed all the same
+            damage.append(e)
         settled.update(segments)
+    if damage:
+        raise damage[0]
     return changed
 
 
@@ -107,6 +112,8 @@ def _carry_out(db: KVDB, plans: list[_Plan], *, keep: str) -> bool:
 
     keep  segment that making room must leave alone, with its ancestors
     """
+    if not any(plan.missing for plan in plans):  # on a full disk, too
+        return _swap(db, db.path, plans, [_make(db, db.path, plan, 0, keep) for plan in plans], keep)
     workspace = db.own_workspace() / f"abstracts-{os.urandom(8).hex()}"
     files.mkdir(workspace)
     try:
@@ -131,7 +138,8 @@ def _make(db: KVDB, workspace: Path, plan: _Plan, room: int, keep: str) -> Segme
                 db.catalog.locked()
             ):  # until the files stand there, full size, no other writer counts this room as free
                 db.space.make_room(room, keep=keep)
-                writers += [AbstractWriter(workspace, info, name) for name in plan.missing]
+                for name in plan.missing:
+                    writers.append(AbstractWriter(workspace, info, name))
             with contextlib.closing(READERS[db.read_mode]("always")) as reader:
                 _fill(reader, Segment.stored(plan.before, chunks), writers)
         for writer in writers:
@@ -183,8 +191,8 @@ def _swap(db: KVDB, workspace: Path, plans: list[_Plan], made: list[SegmentEntry
         except BaseException:
             _take_back(db, plans, fresh)
             raise
-        for plan, entry in zip(plans, made, strict=True):
-            db.space.dispose(array for array in plan.before.seals if array not in entry.seals)
+        dropped = [plan.before.seals.keys() - entry.seals.keys() for plan, entry in zip(plans, made, strict=True)]
+        db.space.dispose(array for arrays in dropped for array in sorted(arrays))
     db.space.enforce(keep=keep)
     return True
 

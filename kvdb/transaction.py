@@ -247,18 +247,20 @@ class Transaction:
         """Put anew the entries of segments that have other abstracts now, and the roots of the sequences through them.
         Their manifests stay: nothing asks for the root in one.
 
-        raises  Damaged when a segment is not there
+        raises  Damaged when a segment is not there, or a sequence through one was so before
         """
+        segments = {entry.info.segment for entry in changed}
+        through = [s for s in self.sequences() if any(span.segment in segments for span in s.spans)]
+        for sequence in through:
+            self.check_root(sequence)
         for entry in changed:
             before = self.span_entries([Span(segment=entry.info.segment, start=0, stop=0)])[0]
             self._removed |= not before.seals.keys() <= entry.seals.keys()
             self._put("segments", _id(entry.info.segment), entry)
             now, then = _sizes(entry), _sizes(before)
             self.count(**{name: now[name] - then[name] for name in now})
-        segments = {entry.info.segment for entry in changed}
-        for sequence in self.sequences():
-            if any(span.segment in segments for span in sequence.spans):
-                self._put("sequences", _id(sequence.key), self._rooted(sequence))
+        for sequence in through:
+            self._put("sequences", _id(sequence.key), self._rooted(sequence))
 
     def remove_segment(self, info: SegmentInfo) -> None:
         """Children must be gone already.
@@ -483,6 +485,15 @@ class Transaction:
         if sequence.expires is not None:
             self.expect_expiry([sequence.expires, *([] if (due := self.next_expiry()) is None else [due])])
         return sequence
+
+    def check_root(self, sequence: Sequence) -> None:
+        """raises  Damaged when the KV behind a sequence is not the one it was made for"""
+        root = entries.spans_root(sequence.spans, self.span_entries(sequence.spans))
+        if root != sequence.root:
+            name = repr(sequence.name) if sequence.name is not None else sequence.key
+            raise Damaged(
+                f"sequence {name}: root of its segments is {root}, expected {sequence.root}; run 'kvdb repair'"
+            )
 
     def _rooted(self, sequence: Sequence) -> Sequence:
         """As it is entered: bound to the KV behind its spans."""

@@ -81,6 +81,12 @@ DESCRIPTIONS: dict[str, Callable[[Members], Members]] = {
     "a gap between segments": described(lambda d: put(info(d, 1), "start", 96)),
     "a segment off the grid": described(lambda d: put(info(d, 1), "start", 63)),
     "a negative start": described(lambda d: put(info(d, 1), "start", -16)),
+    "a seal of a folder outside": described(lambda d: put(d["segments"][0]["seals"], "../../victim", "0" * 16)),
+    "a seal of an absolute path": described(lambda d: put(d["segments"][0]["seals"], "/victim", "0" * 16)),
+    "a seal of an array that is none": described(
+        lambda d: put(d["segments"][0]["seals"], "ab" * 16 + ".kv0", "0" * 16)
+    ),
+    "a seal less": described(lambda d: d["segments"][0]["seals"].popitem()),
     "a start beyond 64 bits": described(lambda d: put(info(d, 1), "start", 1 << 70)),
     "no tokens": described(lambda d: put(info(d), "tokens", 0)),
     "negative tokens": described(lambda d: put(info(d), "tokens", -64)),

@@ -527,8 +527,8 @@ def test_abstracts_are_shown_set_and_taken_away(store: Path) -> None:
 
 
 def test_abstracts_that_cannot_be_are_refused(store: Path) -> None:
-    code, _, err = here("abstracts", store, "--set", "mean")
-    assert (code, err) == (2, "error: abstracts: ['mean'], expected some of ['box', 'sketch']\n")
+    code, _, err = here("abstracts", store, "--set", "bag")
+    assert (code, err) == (2, "error: abstracts: ['bag'], expected some of ['box', 'centroid', 'mean', 'sketch']\n")
     assert here("abstracts", store, "--none", "--set", "box")[0] == 2
     assert said("abstracts", store, "nobody", "--set", "box", code=2)["error"]["kind"] == "sequence-not-found"
     assert said("abstracts", store.with_name("none"), code=2)["error"]["kind"] == "store-not-found"

@@ -46,6 +46,7 @@ SPANS = entries.spans_of(PATH, 101)
 
 
 def sealed(info: SegmentInfo, seal: str = "00") -> SegmentEntry:
+    info = msgspec.structs.replace(info, abstracts=("box",))
     return SegmentEntry(info=info, seals={f"{info.segment}.kv0": seal, f"{info.segment}.box0": "11"}, disk_bytes=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from helpers import (
@@ -28,6 +30,7 @@ from hypothesis import strategies as st
 from strategies import geometries
 
 from kvdb import KVDB, Geometry, compact, files, summarise
+from kvdb import repair as repairing
 from kvdb.abstracts import ABSTRACTS
 from kvdb.errors import Damaged, InvalidInput, ReadOnly, SequenceNotFound, StorageFull, StoreError
 from kvdb.repair import repair
@@ -173,6 +176,69 @@ def test_a_damaged_abstract_is_made_anew_or_goes(path: Path, damage: str, wanted
         if "box" in wanted:
             assert before.seals is not None
             assert before.seals.items() <= (segments(db)[1].seals or {}).items()  # they are what they were
+
+
+def test_a_reader_that_saw_the_damage_reads_what_was_made_anew(path: Path) -> None:
+    with opened(path) as db:
+        stored(db)
+        before = segments(db)[1]
+        DAMAGE["a flipped bit"](path / "chunks" / f"{before.info.segment}.box0")
+        reader = db.reader()
+        with pytest.raises(Damaged):
+            reader.abstract(before, "box", 0)
+        assert db.set_abstracts("n", ("box",)) == 1
+        assert np.isfinite(reader.abstract(segments(db)[1], "box", 0)).all()
+        reader.close()
+
+
+def test_a_lost_abstract_of_a_segment_that_waits_for_the_disk_is_made_anew(path: Path) -> None:
+    with KVDB.open(path, durability="relaxed") as relaxed, KVDB.open(path) as db:
+        stored(relaxed)
+        shutil.rmtree(path / "chunks" / f"{segments(db)[1].info.segment}.box1")
+        assert db.set_abstracts("n", ("box",)) == 1
+        assert_healthy(db)
+
+
+def test_one_damaged_sequence_keeps_no_other_from_its_abstracts(path: Path) -> None:
+    with KVDB.open(path) as db:
+        stored(db)
+        for i in range(3):
+            extend(db, token_list(40, 20 + i), name=f"other {i}")
+        shard = path / "chunks" / f"{segments(db, 'other 1')[0].info.segment}.kv0" / SHARD
+        flip(shard, 3)
+        with pytest.raises(Damaged, match="kvdb repair"):
+            db.set_abstracts(None, ("sketch",))
+        assert abstracts(db, "other 1") == {("box",)}
+        assert [abstracts(db, name) for name in ("n", "other 0", "other 2")] == [{("sketch",)}] * 3
+
+
+def test_a_sequence_whose_root_is_wrong_is_not_made_right(path: Path) -> None:
+    with KVDB.open(path) as db:
+        key = stored(db)
+        with db.write_transaction() as txn:
+            wrong = msgspec.structs.replace(txn.sequence("n"), root="0" * 16)
+            txn._put("sequences", bytes.fromhex(key), wrong)
+        with pytest.raises(Damaged, match=r"sequence 'n': root .* run 'kvdb repair'"):
+            db.set_abstracts("n", ("sketch",))
+        assert {s.info.abstracts for s in db.segments(wrong.spans)} == {("box",)}
+
+
+def test_descriptors_are_closed_when_a_file_cannot_be_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path) as db:
+        stored(db, abstracts=())
+        before = len(os.listdir("/proc/self/fd"))
+        real = files.open_excl
+
+        def full(target: Path) -> int:
+            if "sketch1" in str(target):
+                raise OSError(errno.EIO, "Input/output error")
+            return real(target)
+
+        with monkeypatch.context() as m:
+            m.setattr(files, "open_excl", full)
+            with pytest.raises(OSError, match="Input/output"):
+                db.set_abstracts("n", ("box", "sketch"))
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_damaged_keys_are_no_source(path: Path) -> None:
@@ -403,6 +469,22 @@ def test_a_check_at_that_moment_looks_again(path: Path, other: KVDB, monkeypatch
     with KVDB.open(path) as db:
         assert db.check() == []
         assert left == []
+
+
+def test_a_repair_leaves_alone_what_was_made_anew_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with KVDB.open(path) as db:
+        stored(db)
+        DAMAGE["a flipped bit"](path / "chunks" / f"{segments(db)[1].info.segment}.box0")
+        real = repairing._mend
+
+        def late(*arguments: Any) -> None:
+            assert db.set_abstracts("n", ("box",)) == 1
+            real(*arguments)
+
+        monkeypatch.setattr(repairing, "_mend", late)
+        assert repair(path, apply=True).remaining == []
+        assert abstracts(db) == {("box",)}
+        assert_reads_back(db, TOKENS, db.sequence("n").spans)
 
 
 def test_an_export_at_that_moment_looks_again(path: Path, other: KVDB, monkeypatch: pytest.MonkeyPatch) -> None:
