@@ -34,11 +34,10 @@ from hypothesis.stateful import (
 )
 
 from kvdb import EXACT, KVDB, Geometry, LayerGroup, Sequence, Span
-from kvdb.abstracts import ABSTRACTS
+from kvdb.abstracts import ABSTRACTS, build_all
 from kvdb.entries import Limits, sequence_key
 from kvdb.errors import InvalidInput, KVDBError, SequenceNotFound, StorageFull
 from kvdb.files import Moment
-from kvdb.geometry import as_float32
 from kvdb.prefix import common_prefix
 from kvdb.reader import Reader
 from kvdb.repair import repair
@@ -684,7 +683,7 @@ def compaction_merges_other_branches(m: pytest.MonkeyPatch) -> None:
 
 
 def abstracts_are_made_of_other_keys(m: pytest.MonkeyPatch) -> None:
-    m.setattr("kvdb.summarise.as_float32", lambda keys, dtype: as_float32(keys, dtype) + 1)
+    m.setattr("kvdb.summarise.build_all", lambda names, keys, values, *rest: build_all(names, keys + 1, values, *rest))
 
 
 def abstracts_that_go_stay_in_the_catalog(m: pytest.MonkeyPatch) -> None:
