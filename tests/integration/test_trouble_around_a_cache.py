@@ -246,15 +246,15 @@ def answer_undisturbed(tmp_path: Path, selector: str, **rule: float) -> Tensor:
         return greedy(kv.model, prompt(1500), kv.cache(prompt(1500)), 8)
 
 
-@pytest.mark.parametrize("wanted", [(), ("sketch",), ("box", "sketch")])
+@pytest.mark.parametrize("wanted", [(), ("box",), ("box", "sketch")])
 @pytest.mark.parametrize("when", ["before the first step", "between steps", "while the prefix is opened"])
 def test_a_cache_whose_abstracts_are_changed_answers_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: tuple[str, ...], when: str
 ) -> None:
     model, ids = tiny(), prompt(1500)
-    expected = answer_undisturbed(tmp_path, "box", budget=0.2)
+    expected = answer_undisturbed(tmp_path, "sketch", budget=0.2)
     with opened(tmp_path / "s") as other, KVDB.open(tmp_path / "s", grace_s=0) as db:
-        with attach(model, db, budget=0.2) as kv:
+        with attach(model, db, budget=0.2, selector="sketch") as kv:
             cache = kv.cache(ids)  # its segments are stored, and nothing has read their abstracts
 
             def meddle() -> int:
@@ -283,14 +283,14 @@ def test_a_cache_whose_abstracts_are_changed_answers_the_same(
 
 def test_a_damaged_abstract_is_told_and_can_be_made_anew_under_the_cache(tmp_path: Path) -> None:
     model, ids = tiny(), prompt(1500)
-    expected = answer_undisturbed(tmp_path, "box", budget=0.2)
-    with opened(tmp_path / "s") as db, attach(model, db, budget=0.2) as kv:
+    expected = answer_undisturbed(tmp_path, "sketch", budget=0.2)
+    with opened(tmp_path / "s") as db, attach(model, db, budget=0.2, selector="sketch") as kv:
         kv.save(kv.cache(ids), name="n")
         segment = db.segments(db.sequence("n").spans)[0].info.segment
-        flip(tmp_path / "s" / "chunks" / f"{segment}.box0" / "c.0.0.0.0.0", 3)
-        with pytest.raises(Damaged, match=r"sequence n: .* box abstract, .*'kvdb abstracts' makes it anew"):
+        flip(tmp_path / "s" / "chunks" / f"{segment}.sketch0" / "c.0.0.0.0.0", 3)
+        with pytest.raises(Damaged, match=r"sequence n: .* sketch abstract, .*'kvdb abstracts' makes it anew"):
             greedy(model, ids, kv.load("n"), 8)
-        assert db.set_abstracts("n", ("box",)) == 1
+        assert db.set_abstracts("n", ("sketch",)) == 1
         assert torch.equal(greedy(model, ids, kv.load("n"), 8), expected)
 
 
