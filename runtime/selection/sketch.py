@@ -25,7 +25,7 @@ from kvdb.abstracts.sketch import BITS, corners
 from kvdb.errors import InvalidInput
 from kvdb.geometry import div_ceil
 from kvdb.runtime.selection.base import SURE, Array, Resident, Scores, Selector
-from kvdb.runtime.selection.sketch_scores import of_boxes, of_codes, of_open_boxes
+from kvdb.runtime.selection.sketch_scores import of_boxes, of_codes, of_open_boxes, off_by
 
 RANGE: Final = 8
 """Records of a range."""
@@ -57,6 +57,7 @@ class SketchSelector(Selector):
     """bits    code planes to read, 1..4
     beta    share of the radius in a box's score
     margin  records to look at closely, as a multiple of those that will be read; inf: all of them
+    least   so many records of a KV head are looked at closely in any case
     opened  share of the ranges whose boxes are scored; 1: all, and ranges need no scores
 
     raises  InvalidInput for other numbers
@@ -66,6 +67,7 @@ class SketchSelector(Selector):
     bits: int = 3
     beta: float = 0.5
     margin: float = 6.0
+    least: int = 512
     opened: float = 1.0
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ class SketchSelector(Selector):
     def score(self, q: Tensor, resident: Resident, take: int, *, ceilings: bool = False) -> Scores:
         kept = Sketches(*resident)
         heads, chunks, _ = kept.boxes.shape
-        close = chunks if ceilings else math.ceil(min(chunks, self.margin * take))
+        close = chunks if ceilings else min(chunks, max(self.least, math.ceil(min(chunks, self.margin * take))))
         if close == chunks:
             return self._all(q, kept, ceilings)
         coarse, scored, read = self._coarse(q, kept, close)
@@ -121,6 +123,7 @@ class SketchSelector(Selector):
             box = kept.boxes.float()
             radius = (box[..., dim:] - box[..., :dim]) / 2
             slack = torch.bmm(q.abs(), radius.transpose(1, 2)) * kept.scales[:, None] * (_CELL_SLACK / 2**self.bits)
+            slack += off_by(q, kept.scales)
             ceiling = lse + slack.masked_fill(kept.scales[:, None].isinf(), SURE)
         return Scores(lse, ceiling, heads * chunks, sum(t.nbytes for t in kept[:4]))
 
@@ -133,13 +136,13 @@ class SketchSelector(Selector):
         box_bytes = values + kept.scales.element_size()
         opened = max(math.ceil(self.opened * ranges), div_ceil(2 * close, RANGE))
         if opened >= ranges:
-            return of_boxes(weights, *kept[:2], self.bits), heads * chunks, heads * chunks * box_bytes
-        around = of_boxes(weights, *kept[4:], self.bits)
+            return of_boxes(weights, *kept[:2]), heads * chunks, heads * chunks * box_bytes
+        around = of_boxes(weights, *kept[4:])
         best = (
             torch.topk(torch.softmax(around, -1).sum(1), opened, sorted=False).indices.sort().values
         )  # in the order of memory
         scored = heads * (ranges + opened * RANGE)
-        coarse = of_open_boxes(weights, *kept[:2], best, RANGE, around, self.bits)
+        coarse = of_open_boxes(weights, *kept[:2], best, RANGE, around)
         return coarse, scored, scored * box_bytes
 
 

@@ -1,49 +1,54 @@
 """The inner loops of sketch scoring, compiled: straight from 8-bit boxes and packed codes.
 
 With NumPy or torch every key element passes through memory several times; here a record's keys live in registers. Import it only
-to score: numba takes a while. Loops run over the head dimension wherever they can, with nothing
-in them that keeps the compiler from making vectors of it.
+to score: numba takes a while. Arrays are C-contiguous; their shapes are those of `kvdb.runtime.selection.sketch_scores`. Loops run over
+the head dimension wherever they can, with nothing in them that keeps the compiler from making vectors of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numba
 import numpy as np
+
+from kvdb.runtime.selection.sketch_vectors import LANES, LINE, address, fetch, sixteen
+
+_QUERIES: Final = 4
+"""Query heads that are scored together: their sums fit into registers."""
+REACH_UNIT: Final = 256 / 32767
+"""Of a query's largest element: the product of an element and the width of a box, at most 254, is rounded to 16 bits in it."""
+_NEVER: Final = -(2**30)
+"""Below any sum there is: of a key that is not there."""
 
 _compiled: Final = numba.njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
 """Compiles a function at its first call, once for a machine; closures may hold numbers only, or each process does it anew."""
 
 
-class Kernels(NamedTuple):
-    """Arrays are C-contiguous; their shapes are those of `kvdb.runtime.selection.sketch_scores`.
-
-    rank(corners, boxes, scales, runs, length, around, sure, out)
-    score(q, boxes, scales, codes, tokens, rows, sure, out)
-    """
-
-    rank: Callable[..., None]
-    score: Callable[..., None]
-
-
-@cache
-def kernels(bits: int) -> Kernels:
-    """For codes of so many planes, 1..4."""
-    return Kernels(_rank, _score_of(bits))
+def score_of(bits: int, group: int) -> Callable[..., None]:
+    """score(q, boxes, scales, codes, tokens, rows, sure, tops, sums), for codes of so many planes, 1..4, and so many query heads to a
+    KV head: the log-sum-exp is tops + log(sums)."""
+    return _score_of(bits, min(group, _QUERIES))
 
 
 @_compiled
-def _rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: Any, sure: float, out: Any) -> None:
+def rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: Any, sure: float, out: Any) -> None:
+    """See `of_open_boxes`."""
     heads, group, values = corners.shape
     n = boxes.shape[1]
+    all_boxes = boxes.reshape(-1)
     for head in range(heads):
         closed = np.ones(around.shape[2], np.bool_)
         shifts, known = np.zeros(group, np.float32), 0
-        for run in runs[head]:
+        for i in range(runs.shape[1]):
+            run = runs[head, i]
             closed[run] = False
+            if i + 1 < runs.shape[1]:
+                ahead = (head * n + runs[head, i + 1] * length) * values
+                for at in range(0, length * values, LINE):
+                    fetch(address(all_boxes, ahead + at))
             for row in range(run * length, min(n, (run + 1) * length)):
                 box, scale = boxes[head, row], scales[head, row]
                 if np.isinf(scale):
@@ -78,67 +83,99 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
     return m * f + np.float32(1), np.int32(n)
 
 
-def _score_of(bits: int) -> Callable[..., None]:
-    second, third, fourth = bits > 1, bits > 2, bits > 3  # constants to the compiler
-
+@cache
+def _score_of(bits: int, queries: int) -> Callable[..., None]:
     @_compiled
-    def score(q: Any, boxes: Any, scales: Any, codes: Any, tokens: Any, rows: Any, sure: float, out: Any) -> None:
+    def score(
+        q: Any, boxes: Any, scales: Any, codes: Any, tokens: Any, rows: Any, sure: float, tops: Any, sums: Any
+    ) -> None:
         heads, group, dim = q.shape
-        eights = codes.shape[3] // dim
-        reach = np.empty((group, dim), np.float32)  # q times the width of a cell
-        places = np.empty((8, dim), np.float32)  # of eight keys, in cells
-        starts = np.empty(group, np.float32)  # q times the centre of the first cell
-        logits = np.empty((group, 8 * eights), np.float32)
-        powers = np.empty(8 * eights, np.float32)
+        chunks, quads = boxes.shape[1], dim // 4
+        row_bytes = codes.shape[3]
+        eights = row_bytes // dim
+        turns, lanes = (group + queries - 1) // queries, (eights + 1) // 2 * LANES
+        scaled, units = np.empty((group, dim), np.float32), np.empty(group, np.float32)
+        reach = np.zeros((turns * queries, dim), np.int16)
+        width, centre = np.empty(dim, np.float32), np.empty(dim, np.float32)  # of the first cell; in parts of the scale
+        dots = np.zeros((turns * queries, lanes), np.int32)
+        powers = np.empty(lanes, np.float32)
         exponents = powers.view(np.int32)
-        one, half = np.uint8(1), np.float32(0.5)
+        all_boxes = boxes.reshape(-1)
+        all_codes, all_reach, all_dots = codes.reshape(-1), reach.reshape(-1), dots.reshape(-1)
+        quarters = all_reach.view(np.uint64)
         for head in range(heads):
+            for g in range(group):
+                largest = np.float32(1e-30)
+                for d in range(dim):
+                    largest = max(largest, abs(q[head, g, d]))
+                units[g] = largest * np.float32(REACH_UNIT)
+                for d in range(dim):
+                    scaled[g, d] = q[head, g, d] / units[g]
             for i in range(rows.shape[1]):
                 row = rows[head, i]
-                box, scale, count = boxes[head, row], scales[head, row], tokens[row]
+                scale, count = scales[head, row], tokens[row]
+                if i + 1 < rows.shape[1]:
+                    ahead = head * chunks + rows[head, i + 1]
+                    for at in range(0, 2 * dim, LINE):
+                        fetch(address(all_boxes, 2 * dim * ahead + at))
+                    for at in range(0, bits * row_bytes, LINE):
+                        fetch(address(all_codes, bits * row_bytes * ahead + at))
                 if np.isinf(scale):
-                    out[head, :, i] = sure
+                    tops[head, :, i] = sure
+                    sums[head, :, i] = 1
                     continue
-                cell = scale * np.float32(2.0**-bits)
+                box = boxes[head, row]
+                for d in range(dim):
+                    lo, hi = np.float32(box[d]), np.float32(box[dim + d])
+                    width[d] = hi - lo
+                    centre[d] = lo * np.float32(2 << bits) + (hi - lo)
                 for g in range(group):
-                    total = np.float32(0)
                     for d in range(dim):
-                        lo, hi = np.float32(box[d]), np.float32(box[dim + d])
-                        width = (hi - lo) * cell
-                        reach[g, d] = q[head, g, d] * width
-                        total += q[head, g, d] * (lo * scale + half * width)
-                    starts[g] = total
-                for e in range(eights):
-                    planes = codes[head, row, :, e * dim : (e + 1) * dim]
-                    for t in range(8):
-                        shift = np.uint8(t)
-                        for d in range(dim):
-                            place = planes[0, d] >> shift & one
-                            if second:
-                                place = place << one | planes[1, d] >> shift & one
-                            if third:
-                                place = place << one | planes[2, d] >> shift & one
-                            if fourth:
-                                place = place << one | planes[3, d] >> shift & one
-                            places[t, d] = np.float32(place)
-                    for g in range(group):
-                        for t in range(8):
-                            total = np.float32(0)
-                            for d in range(dim):
-                                total += reach[g, d] * places[t, d]
-                            logits[g, 8 * e + t] = total
+                        reach[g, d] = np.int16(np.floor(scaled[g, d] * width[d] + np.float32(0.5)))
+                for quad in range(group * quads):
+                    quarters[quad] = _crossed(quarters[quad])
+                start = (head * chunks + row) * bits * row_bytes
+                for turn in range(turns):
+                    for first in range(0, eights, 2):
+                        sixteen(
+                            address(all_codes, start + first * dim),
+                            row_bytes,
+                            dim if first + 1 < eights else 0,  # no second eight: the first once more, not counted
+                            address(all_reach, turn * queries * dim),
+                            quads,
+                            address(all_dots, turn * queries * lanes + first * 8),
+                            lanes,
+                            bits,
+                            queries,
+                        )
                 for g in range(group):
-                    top = logits[g, 0]
-                    for t in range(1, count):
-                        top = max(top, logits[g, t])
-                    for t in range(count):
-                        power, exponent = _exp_parts(logits[g, t] - top)
+                    mine = dots[g]
+                    for t in range(count, lanes):
+                        mine[t] = _NEVER
+                    top = mine[0]
+                    for t in range(lanes):
+                        top = max(top, mine[t])
+                    best, unit = np.float32(top), units[g] * scale * np.float32(2.0**-bits)
+                    for t in range(lanes):
+                        power, exponent = _exp_parts((np.float32(mine[t]) - best) * unit)
                         powers[t] = power
                         exponents[t] += exponent << np.int32(23)
-                    total = np.float32(0)
-                    for t in range(count):
+                    total, low = np.float32(0), np.float32(0)
+                    for t in range(lanes):
                         total += powers[t]
-                    out[head, g, i] = top + np.log(total) + starts[g]
+                    for d in range(dim):
+                        low += q[head, g, d] * centre[d]
+                    tops[head, g, i] = best * unit + low * scale * np.float32(0.5 / 2**bits)
+                    sums[head, g, i] = total
 
     compiled: Callable[..., None] = score
     return compiled
+
+
+@_compiled
+def _crossed(four: Any) -> Any:
+    """Four 16-bit numbers in the order 0, 2, 1, 3."""
+    first, second = np.uint64(0xFFFF), np.uint64(0xFFFF << 16)
+    third, fourth = np.uint64(0xFFFF << 32), np.uint64(0xFFFF << 48)
+    up, down = (four & second) << np.uint64(16), (four & third) >> np.uint64(16)
+    return (four & first) | up | down | (four & fourth)

@@ -1,4 +1,4 @@
-"""What boxes and codes say of records: compiled where numba is installed and on CPU, in torch elsewhere.
+"""What boxes and codes say of records: compiled on CPU, in torch elsewhere.
 
 A record of which a sketch knows nothing (scale inf) gets `SURE`: it must be read.
 """
@@ -6,43 +6,32 @@ A record of which a sketch knows nothing (scale inf) gets `SURE`: it must be rea
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from kvdb.runtime.selection.base import SURE
 
-if TYPE_CHECKING:
-    from kvdb.runtime.selection.sketch_kernel import Kernels
+_UNITS_OFF: Final = 0.75 * 512 / 32767
+"""Compiled loops round q to 32 767ths of its largest element, and its product with the width of a box to 512 of those."""
 
 
-@cache
-def kernels(bits: int) -> Kernels | None:
-    """For codes of so many planes; None without numba."""
-    try:
-        from kvdb.runtime.selection import sketch_kernel
-    except ImportError:
-        return None
-    return sketch_kernel.kernels(bits)
-
-
-def of_boxes(corners: Tensor, boxes: Tensor, scales: Tensor, bits: int) -> Tensor:
+def of_boxes(corners: Tensor, boxes: Tensor, scales: Tensor) -> Tensor:
     """Sum of corners times lo and hi.
 
     corners  (kv_heads, group, 2 * head_dim) float32
     boxes    (kv_heads, n, 2 * head_dim) int8; scales (kv_heads, n) float32
-    bits     as for `kernels`
     returns  (kv_heads, group, n) float32
     """
     heads, group, _ = corners.shape
     whole = torch.zeros(heads, 1, dtype=torch.int64, device=corners.device)
-    return of_open_boxes(corners, boxes, scales, whole, boxes.shape[1], corners.new_zeros(heads, group, 1), bits)
+    return of_open_boxes(corners, boxes, scales, whole, boxes.shape[1], corners.new_zeros(heads, group, 1))
 
 
 def of_open_boxes(
-    corners: Tensor, boxes: Tensor, scales: Tensor, runs: Tensor, length: int, around: Tensor, bits: int
+    corners: Tensor, boxes: Tensor, scales: Tensor, runs: Tensor, length: int, around: Tensor
 ) -> Tensor:
     """As `of_boxes`, of the boxes of some runs; all others get the score of their run, moved by how far those two differ on
     average where both are known.
@@ -52,10 +41,10 @@ def of_open_boxes(
     """
     heads, group, _ = corners.shape
     n = boxes.shape[1]
-    if corners.device.type == "cpu" and (compiled := kernels(bits)) is not None:
+    if (loops := _compiled(corners)) is not None:
         out = corners.new_empty(heads, group, n)
         arrays = (t.numpy() for t in (corners, boxes, scales, runs))
-        compiled.rank(*arrays, length, around.numpy(), SURE, out.numpy())
+        loops.rank(*arrays, length, around.numpy(), SURE, out.numpy())
         return out
     unknown = scales.isinf()[:, None]
     own = torch.bmm(corners, boxes.float().transpose(1, 2)) * scales[:, None].masked_fill(unknown, 0)
@@ -68,7 +57,7 @@ def of_open_boxes(
 
 
 def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Tensor, bits: int) -> Tensor:
-    """Log-sum-exp of records by the centres of their keys' cells.
+    """Log-sum-exp of records by the centres of their keys' cells, to within `off_by`.
 
     q        (kv_heads, group, head_dim) float32, scaled
     records  boxes, scales, codes, tokens as `SketchSelector.prepare` makes them
@@ -76,10 +65,11 @@ def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Te
     returns  (kv_heads, group, n) float32
     """
     heads, n, dim = *rows.shape, q.shape[2]
-    if q.device.type == "cpu" and (compiled := kernels(bits)) is not None:
-        out = q.new_empty(heads, q.shape[1], n)
-        compiled.score(*(t.numpy() for t in (q.contiguous(), *records, rows.contiguous())), SURE, out.numpy())
-        return out
+    if (loops := _compiled(q)) is not None:
+        tops, sums = q.new_empty(2, heads, q.shape[1], n)
+        arrays = (t.numpy() for t in (q.contiguous(), *records, rows.contiguous()))
+        loops.score_of(bits, q.shape[1])(*arrays, SURE, tops.numpy(), sums.numpy())
+        return tops.add_(sums.log_())
     boxes, scales, codes, tokens = records
     flat = (rows + boxes.shape[1] * torch.arange(heads, device=rows.device)[:, None]).ravel()
     box, scale, planes = (
@@ -96,3 +86,17 @@ def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Te
     logits = torch.bmm(q, keys.flatten(1, 2).transpose(1, 2)).unflatten(2, (n, -1))
     padding = torch.arange(logits.shape[3], device=q.device) >= tokens[rows][:, None, :, None]
     return torch.logsumexp(logits.masked_fill(padding, -math.inf), -1).masked_fill(unknown[:, None], SURE)
+
+
+def off_by(q: Tensor, scales: Tensor) -> Tensor:
+    """By how much `of_codes` may differ from exact arithmetic, beside float32's own rounding: (kv_heads, group, n)."""
+    return q.shape[2] * _UNITS_OFF * q.abs().amax(-1, keepdim=True) * scales[:, None]
+
+
+def _compiled(q: Tensor) -> ModuleType | None:
+    """The compiled loops where they can be used: on CPU, for head dimensions in fours."""
+    if q.device.type != "cpu" or q.shape[2] % 4:
+        return None
+    from kvdb.runtime.selection import sketch_kernel
+
+    return sketch_kernel

@@ -1,0 +1,148 @@
+"""One step of sketch scoring as vector instructions: the logits of sixteen keys straight from their packed codes.
+
+Compilers make poor vectors of bits that lie in bytes. Here a lane of 32 bits stands for a key: the bytes of four elements are
+spread over all lanes, each lane shifts them by its own number, and what is left of each byte is that key's bit. Place numbers then
+meet 16-bit reaches in pairs, which processors multiply and add at once. The instructions are LLVM's own vectors of any
+machine; where it has none so wide, it takes several.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES: Final = 16
+"""Keys at a time: two bytes of a plane's bits."""
+LINE: Final = 64
+"""Bytes that memory sends at a time."""
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_VECTOR = ir.VectorType(_I32, LANES)
+_PAIRS = ir.VectorType(_I16, 2 * LANES)
+_PRODUCTS = ir.VectorType(_I32, 2 * LANES)
+
+
+def _lanes(values: Any) -> ir.Constant:
+    return ir.Constant(_VECTOR, list(values))
+
+
+def _splat(b: Any, value: Any) -> Any:
+    """A 32-bit number in every lane."""
+    nothing = ir.Constant(_VECTOR, ir.Undefined)
+    return b.shuffle_vector(b.insert_element(nothing, value, _I32(0)), nothing, _lanes([0] * LANES))
+
+
+@intrinsic
+def address(typingctx: Any, array: Any, index: Any) -> Any:
+    """Pointer to an element of a contiguous array of one dimension."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, b, args[0]).data
+        return b.gep(data, [b.sext(args[1], _I64) if args[1].type.width < 64 else args[1]])
+
+    return types.CPointer(array.dtype)(array, index), codegen
+
+
+@intrinsic
+def fetch(typingctx: Any, pointer: Any) -> Any:
+    """Ask for the cache line at an address: it arrives while other work goes on."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
+        b.call(function, [b.bitcast(args[0], byte), _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
+
+
+@intrinsic(prefer_literal=True)
+def sixteen(
+    typingctx: Any,
+    planes: Any,
+    stride: Any,
+    second: Any,
+    reach: Any,
+    quads: Any,
+    out: Any,
+    apart: Any,
+    bits: Any,
+    queries: Any,
+) -> Any:
+    """out[query, key] = sum over elements of reach[query, element] * place[key, element].
+
+    planes   uint8 *: bits of the first eight keys, most significant plane first; a byte per element
+    stride   bytes from plane to plane
+    second   bytes from there to the bits of the second eight keys
+    reach    int16 *: (queries, 4 * quads); of each four elements in the order 0, 2, 1, 3
+    out      int32 *: LANES numbers for each query, `apart` from each other
+    bits     how many planes, queries how many rows: constants to the compiler
+    """
+    planes_of, queries_of = bits.literal_value, queries.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        planes, stride, second, reach, quads, out, apart = args[:7]
+        word = _I32.as_pointer()
+        reach_words = b.bitcast(reach, word)
+        entry, loop, end = b.block, b.append_basic_block("quads"), b.append_basic_block("end")
+        b.branch(loop)
+        b.position_at_end(loop)
+        quad = b.phi(_I64)
+        quad.add_incoming(_I64(0), entry)
+        sums = [b.phi(_VECTOR) for _ in range(queries_of)]
+        for total in sums:
+            total.add_incoming(_lanes([0] * LANES), entry)
+
+        def plane_bits(plane: int) -> Any:
+            """Bit of each key in each of four elements, a byte each."""
+            first = b.gep(planes, [b.add(b.mul(stride, _I64(plane)), b.mul(quad, _I64(4)))])
+            low, high = (
+                _splat(b, b.load(b.bitcast(at, word), align=1)) for at in (first, b.gep(first, [second]))
+            )
+            both = b.shuffle_vector(low, high, _lanes([*range(8), *range(LANES + 8, 2 * LANES)]))
+            return b.and_(b.lshr(both, _lanes(lane % 8 for lane in range(LANES))), _lanes([0x01010101] * LANES))
+
+        places = plane_bits(0)
+        for plane in range(1, planes_of):
+            places = b.or_(b.shl(places, _lanes([1] * LANES)), plane_bits(plane))
+        halves = [
+            b.bitcast(b.and_(shifted, _lanes([0x00FF00FF] * LANES)), _PAIRS)
+            for shifted in (places, b.lshr(places, _lanes([8] * LANES)))
+        ]
+        added = []
+        for query, total in enumerate(sums):
+            for half, keys in enumerate(halves):
+                at = b.add(b.mul(b.add(b.mul(quads, _I64(query)), quad), _I64(2)), _I64(half))
+                pair = b.bitcast(_splat(b, b.load(b.gep(reach_words, [at]), align=4)), _PAIRS)
+                products = b.mul(b.sext(keys, _PRODUCTS), b.sext(pair, _PRODUCTS))
+                even, odd = (b.shuffle_vector(products, products, _lanes(range(i, 2 * LANES, 2))) for i in (0, 1))
+                total = b.add(total, b.add(even, odd))
+            added.append(total)
+        following = b.add(quad, _I64(1))
+        quad.add_incoming(following, loop)
+        for phi, total in zip(sums, added, strict=True):
+            phi.add_incoming(total, loop)
+        b.cbranch(b.icmp_signed("<", following, quads), loop, end)
+        b.position_at_end(end)
+        for query, total in enumerate(added):
+            b.store(total, b.bitcast(b.gep(out, [b.mul(apart, _I64(query))]), _VECTOR.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    pointer = types.CPointer
+    signature = types.void(
+        pointer(types.uint8),
+        types.intp,
+        types.intp,
+        pointer(types.int16),
+        types.intp,
+        pointer(types.int32),
+        types.intp,
+        bits,
+        queries,
+    )
+    return signature, codegen
