@@ -14,8 +14,17 @@ from typing import Any, Final, NamedTuple
 import numba
 import numpy as np
 
-_compiled: Final = numba.njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
-"""Compiles a function at its first call, once for a machine; closures may hold numbers only, or each process does it anew."""
+from kvdb.compiled import compiled
+
+_FAST: Final = {"reassoc", "contract", "nsz"}
+_RANK: Final = (
+    "void(float32[:, :, ::1], int8[:, :, ::1], float32[:, ::1], int64[:, ::1], int64, float32[:, :, ::1], float64, "
+    "float32[:, :, ::1])"
+)
+_SCORE: Final = (
+    "void(float32[:, :, ::1], int8[:, :, ::1], float32[:, ::1], uint8[:, :, :, ::1], int32[::1], int64[:, ::1], float64, "
+    "float32[:, :, ::1])"
+)
 
 
 class Kernels(NamedTuple):
@@ -32,10 +41,14 @@ class Kernels(NamedTuple):
 @cache
 def kernels(bits: int) -> Kernels:
     """For codes of so many planes, 1..4."""
-    return Kernels(_rank, _score_of(bits))
+    return Kernels(_compiled_rank(), compiled(_score_of(bits), _SCORE, fastmath=_FAST))
 
 
-@_compiled
+@cache
+def _compiled_rank() -> Callable[..., None]:
+    return compiled(_rank, _RANK, fastmath=_FAST)
+
+
 def _rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: Any, sure: float, out: Any) -> None:
     heads, group, values = corners.shape
     n = boxes.shape[1]
@@ -63,7 +76,7 @@ def _rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around:
                     out[head, g, run * length : (run + 1) * length] = around[head, g, run] + shift
 
 
-@_compiled
+@numba.njit(fastmath=_FAST)
 def _exp_parts(x: Any) -> tuple[Any, Any]:
     """exp(x) = m * 2^n for x <= 0, m to within 1.1e-7 of itself: a polynomial, which a compiler can make vectors of."""
     y = max(x * np.float32(1.4426950408889634), np.float32(-126))
@@ -79,9 +92,9 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
 
 
 def _score_of(bits: int) -> Callable[..., None]:
+    """Closes over numbers only: what closes over another compiled function is compiled anew by each process."""
     second, third, fourth = bits > 1, bits > 2, bits > 3  # constants to the compiler
 
-    @_compiled
     def score(q: Any, boxes: Any, scales: Any, codes: Any, tokens: Any, rows: Any, sure: float, out: Any) -> None:
         heads, group, dim = q.shape
         eights = codes.shape[3] // dim
@@ -140,5 +153,4 @@ def _score_of(bits: int) -> Callable[..., None]:
                         total += powers[t]
                     out[head, g, i] = top + np.log(total) + starts[g]
 
-    compiled: Callable[..., None] = score
-    return compiled
+    return score

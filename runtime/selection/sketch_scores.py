@@ -23,7 +23,7 @@ def kernels(bits: int) -> Kernels | None:
     """For codes of so many planes; None without numba."""
     try:
         from kvdb.runtime.selection import sketch_kernel
-    except ImportError:
+    except (ImportError, OSError):  # not installed, not for this NumPy, or a library of it is missing
         return None
     return sketch_kernel.kernels(bits)
 
