@@ -32,7 +32,8 @@ STORAGE_DTYPES: Final[dict[str, np.dtype[Any]]] = {
 def as_float32(stored: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Stored values as float32, exactly."""
     if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
+        bits: np.ndarray[Any, np.dtype[np.uint32]] = np.left_shift(stored, 16, dtype=np.uint32)
+        return bits.view(np.float32)
     return stored.astype(np.float32, copy=False)
 
 

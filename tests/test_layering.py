@@ -82,11 +82,11 @@ def test_every_module_says_what_it_is(name: str) -> None:
     assert ast.get_docstring(ast.parse(source))
 
 
-def test_importing_the_engine_imports_neither_torch_nor_transformers_nor_an_oracle() -> None:
+def test_importing_the_engine_imports_neither_torch_nor_transformers_nor_numba_nor_an_oracle() -> None:
     code = """
 import sys
 import kvdb, kvdb.check, kvdb.store
-print(sorted({"torch", "transformers", "zarr", "tensorstore", "kvdb.runtime", "kvdb.tools"} & set(sys.modules)))
+print(sorted({"torch", "transformers", "numba", "zarr", "tensorstore", "kvdb.runtime", "kvdb.tools"} & set(sys.modules)))
 """
     assert finish(python(code)).strip() == "[]"
 

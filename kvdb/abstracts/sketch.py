@@ -14,24 +14,16 @@ source: LeoAM, arXiv 2506.20187 (boxes); KIVI, arXiv 2402.02750 (keys by channel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 
 from kvdb.abstracts.base import Abstract, Array, Form
+from kvdb.abstracts.sketch_build import summarise
 from kvdb.errors import InvalidInput
 from kvdb.geometry import Geometry, div_ceil
 
 BITS: Final = 4
-_BLOCK_BYTES: Final = 1 << 20
-"""Keys in float32 that are summarised at a time, so that what is computed on them stays in the cache."""
-_LARGEST: Final = np.float32(2.0**126)
-"""Above it, (hi - lo) * scale could overflow."""
-_SMALLEST_SCALE: Final = np.float32(2.0**-100)
-"""Keeps subnormal numbers, which a processor may be told to take for zeros, out of every step."""
-_CELLS: Final = np.float32(16 * (1 - 2.0**-21))
-"""A little below 16, so that no rounding of (k - lo) / width * 16 reaches it: the last cell is 15."""
 
 
 class Sketch(Abstract):
@@ -57,80 +49,12 @@ class Sketch(Abstract):
     def build(self, keys: Array, tokens: int, dtype: str, values: Array | None = None) -> Array:
         heads, chunks, chunk_tokens, dim = keys.shape
         stored = np.zeros((self.planes, chunks, heads, self.row_bytes(chunk_tokens, dim, 0)), np.uint8)
-        step = max(1, _BLOCK_BYTES // (4 * heads * chunk_tokens * dim))
-        for start in range(0, chunks, step):
-            stop = min(chunks, start + step)
-            own = min(tokens, stop * chunk_tokens) - start * chunk_tokens
-            _summarise(keys[:, start:stop], own, stored[:, start:stop])
+        summarise(np.require(keys.swapaxes(0, 1), requirements=["C", "A", "W"]), tokens, stored)
         return stored
 
     def load(self, stored: Array, head_dim: int, dtype: str) -> Array:
         """(planes, chunks, kv_heads, row_bytes) uint8 as stored: `unpack` takes them apart."""
         return stored
-
-
-def _summarise(keys: Array, tokens: int, stored: Array) -> None:
-    """Fill the rows of `stored`, which are zeros.
-
-    It works on a copy of the keys token by token, so that NumPy's loops run over all records at once.
-    """
-    heads, chunks, chunk_tokens, dim = keys.shape
-    ordered = keys.transpose(2, 1, 0, 3).copy(order="C")  # [chunk_tokens, chunks, kv_heads, head_dim]
-    if rest := tokens % chunk_tokens:
-        ordered[rest:, -1] = ordered[0, -1]  # moves no extreme
-    extremes = np.empty((2, chunks, heads, dim), np.float32)  # lo and -hi: to round both down is to round outwards
-    ordered.min(axis=0, out=extremes[0])
-    np.negative(ordered.max(axis=0), out=extremes[1])
-    largest = -np.minimum(*extremes).min(axis=-1)  # [chunks, kv_heads]
-    unknown = ~(largest <= _LARGEST)
-    if unknown.any():
-        ordered[:, unknown] = 0
-        extremes[:, unknown] = 0
-        largest[unknown] = 0
-    scale = _scale(largest)[..., None]
-    steps = np.floor(extremes / scale)
-    steps -= steps * scale > extremes  # where the quotient was rounded up to a whole number
-    lo = steps[0] * scale
-    width = (steps[0] + steps[1]) * -scale
-    ordered -= lo
-    ordered *= _CELLS / np.maximum(width, scale)  # where the width is 0, so is every key less lo
-    row, eights = chunks * heads * dim, div_ceil(chunk_tokens, 8)
-    cells = np.zeros((eights * 8, div_ceil(row, 8) * 8), np.uint8)
-    np.copyto(
-        cells[:chunk_tokens, :row], ordered.reshape(chunk_tokens, row), casting="unsafe"
-    )  # towards zero: the floor
-    if rest:
-        cells[rest:, row - heads * dim : row] = 0
-    steps[0][unknown], steps[1][unknown], scale[unknown] = -1, -1, np.inf
-    box = stored[0]
-    box[..., :dim] = steps[0].astype(np.int8).view(np.uint8)
-    box[..., dim : 2 * dim] = (-steps[1]).astype(np.int8).view(np.uint8)
-    box[..., 2 * dim : 2 * dim + 4] = scale.astype("<f4").view(np.uint8)
-    for plane, packed in enumerate(_packed(cells.reshape(eights, 8, -1)), start=1):
-        by_record = packed[:, :row].reshape(eights, chunks, heads, dim).transpose(1, 2, 0, 3)
-        stored[plane, ..., : eights * dim] = by_record.reshape(chunks, heads, eights * dim)
-
-
-def _packed(cells: Array) -> Iterator[Array]:
-    """Of each bit of cell numbers, the most significant first, a byte that holds it for eight tokens.
-
-    cells   (eights, 8, n) uint8, n a multiple of 8: bits move in words
-    yields  (eights, n) uint8
-    """
-    words = cells.view(np.uint64)
-    for bit in reversed(range(BITS)):
-        own = words & np.uint64(0x0101_0101_0101_0101 << bit)
-        for t in range(8):
-            shift, by = (np.left_shift, t - bit) if t >= bit else (np.right_shift, bit - t)
-            shift(own[:, t], np.uint64(by), out=own[:, t])
-        yield np.bitwise_or.reduce(own, axis=1).view(np.uint8)
-
-
-def _scale(largest: Array) -> Array:
-    """A number of 16 significant bits a little above largest / 127: next above what the quotient is rounded to."""
-    quotient = np.maximum(largest / np.float32(127), _SMALLEST_SCALE)
-    scale: Array = ((quotient.view(np.uint32) + np.uint32(0x100)) & np.uint32(0xFFFF_FF00)).view(np.float32)
-    return scale
 
 
 def corners(box: Array, head_dim: int) -> tuple[Array, Array]:

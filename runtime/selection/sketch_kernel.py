@@ -14,28 +14,43 @@ from typing import Any, Final
 import numba
 import numpy as np
 
+from kvdb.compiled import compiled
+from kvdb.runtime.selection.sketch_scores import REACH_UNIT
 from kvdb.runtime.selection.sketch_vectors import LANES, LINE, address, fetch, sixteen
 
+_FAST: Final = {"reassoc", "contract", "nsz"}
+_RANK: Final = (
+    "void(float32[:, :, ::1], int8[:, :, ::1], float32[:, ::1], int64[:, ::1], int64, float32[:, :, ::1], float64, "
+    "float32[:, :, ::1])"
+)
+_SCORE: Final = (
+    "void(float32[:, :, ::1], int8[:, :, ::1], float32[:, ::1], uint8[:, :, :, ::1], int32[::1], int64[:, ::1], float64, "
+    "float32[:, :, ::1], float32[:, :, ::1])"
+)
 _QUERIES: Final = 4
 """Query heads that are scored together: their sums fit into registers."""
-REACH_UNIT: Final = 256 / 32767
-"""Of a query's largest element: the product of an element and the width of a box, at most 254, is rounded to 16 bits in it."""
 _NEVER: Final = -(2**30)
 """Below any sum there is: of a key that is not there."""
 
-_compiled: Final = numba.njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
-"""Compiles a function at its first call, once for a machine; closures may hold numbers only, or each process does it anew."""
+
+@cache
+def rank() -> Callable[..., None]:
+    """rank(corners, boxes, scales, runs, length, around, sure, out): see `of_open_boxes`."""
+    return compiled(_rank, _RANK, fastmath=_FAST)
 
 
-def score_of(bits: int, group: int) -> Callable[..., None]:
+def score(bits: int, group: int) -> Callable[..., None]:
     """score(q, boxes, scales, codes, tokens, rows, sure, tops, sums), for codes of so many planes, 1..4, and so many query heads to a
     KV head: the log-sum-exp is tops + log(sums)."""
-    return _score_of(bits, min(group, _QUERIES))
+    return _compiled_score(bits, min(group, _QUERIES))
 
 
-@_compiled
-def rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: Any, sure: float, out: Any) -> None:
-    """See `of_open_boxes`."""
+@cache
+def _compiled_score(bits: int, queries: int) -> Callable[..., None]:
+    return compiled(_score_of(bits, queries), _SCORE, fastmath=_FAST)
+
+
+def _rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: Any, sure: float, out: Any) -> None:
     heads, group, values = corners.shape
     n = boxes.shape[1]
     all_boxes = boxes.reshape(-1)
@@ -52,7 +67,8 @@ def rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: 
             for row in range(run * length, min(n, (run + 1) * length)):
                 box, scale = boxes[head, row], scales[head, row]
                 if np.isinf(scale):
-                    out[head, :, row] = sure
+                    for g in range(group):
+                        out[head, g, row] = sure
                     continue
                 known += 1
                 for g in range(group):
@@ -65,10 +81,11 @@ def rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: 
             shift = shifts[g] / np.float32(max(1, known))
             for run in range(len(closed)):
                 if closed[run]:
-                    out[head, g, run * length : (run + 1) * length] = around[head, g, run] + shift
+                    for row in range(run * length, min(n, (run + 1) * length)):
+                        out[head, g, row] = around[head, g, run] + shift
 
 
-@_compiled
+@numba.njit(fastmath=_FAST)
 def _exp_parts(x: Any) -> tuple[Any, Any]:
     """exp(x) = m * 2^n for x <= 0, m to within 1.1e-7 of itself: a polynomial, which a compiler can make vectors of."""
     y = max(x * np.float32(1.4426950408889634), np.float32(-126))
@@ -83,9 +100,9 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
     return m * f + np.float32(1), np.int32(n)
 
 
-@cache
 def _score_of(bits: int, queries: int) -> Callable[..., None]:
-    @_compiled
+    """Closes over numbers only: what closes over another compiled function is compiled anew by each process."""
+
     def score(
         q: Any, boxes: Any, scales: Any, codes: Any, tokens: Any, rows: Any, sure: float, tops: Any, sums: Any
     ) -> None:
@@ -121,8 +138,8 @@ def _score_of(bits: int, queries: int) -> Callable[..., None]:
                     for at in range(0, bits * row_bytes, LINE):
                         fetch(address(all_codes, bits * row_bytes * ahead + at))
                 if np.isinf(scale):
-                    tops[head, :, i] = sure
-                    sums[head, :, i] = 1
+                    for g in range(group):
+                        tops[head, g, i], sums[head, g, i] = sure, 1
                     continue
                 box = boxes[head, row]
                 for d in range(dim):
@@ -168,11 +185,10 @@ def _score_of(bits: int, queries: int) -> Callable[..., None]:
                     tops[head, g, i] = best * unit + low * scale * np.float32(0.5 / 2**bits)
                     sums[head, g, i] = total
 
-    compiled: Callable[..., None] = score
-    return compiled
+    return score
 
 
-@_compiled
+@numba.njit(fastmath=_FAST)
 def _crossed(four: Any) -> Any:
     """Four 16-bit numbers in the order 0, 2, 1, 3."""
     first, second = np.uint64(0xFFFF), np.uint64(0xFFFF << 16)

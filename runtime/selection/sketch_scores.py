@@ -6,6 +6,7 @@ A record of which a sketch knows nothing (scale inf) gets `SURE`: it must be rea
 from __future__ import annotations
 
 import math
+from functools import cache
 from types import ModuleType
 from typing import Final
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from kvdb.runtime.selection.base import SURE
 
-_UNITS_OFF: Final = 0.75 * 512 / 32767
-"""Compiled loops round q to 32 767ths of its largest element, and its product with the width of a box to 512 of those."""
+REACH_UNIT: Final = 256 / 32767
+"""Of a query's largest element: compiled loops round its product with the width of a box, which is 254 or less, to such units."""
 
 
 def of_boxes(corners: Tensor, boxes: Tensor, scales: Tensor) -> Tensor:
@@ -30,9 +31,7 @@ def of_boxes(corners: Tensor, boxes: Tensor, scales: Tensor) -> Tensor:
     return of_open_boxes(corners, boxes, scales, whole, boxes.shape[1], corners.new_zeros(heads, group, 1))
 
 
-def of_open_boxes(
-    corners: Tensor, boxes: Tensor, scales: Tensor, runs: Tensor, length: int, around: Tensor
-) -> Tensor:
+def of_open_boxes(corners: Tensor, boxes: Tensor, scales: Tensor, runs: Tensor, length: int, around: Tensor) -> Tensor:
     """As `of_boxes`, of the boxes of some runs; all others get the score of their run, moved by how far those two differ on
     average where both are known.
 
@@ -44,7 +43,7 @@ def of_open_boxes(
     if (loops := _compiled(corners)) is not None:
         out = corners.new_empty(heads, group, n)
         arrays = (t.numpy() for t in (corners, boxes, scales, runs))
-        loops.rank(*arrays, length, around.numpy(), SURE, out.numpy())
+        loops.rank()(*arrays, length, around.numpy(), SURE, out.numpy())
         return out
     unknown = scales.isinf()[:, None]
     own = torch.bmm(corners, boxes.float().transpose(1, 2)) * scales[:, None].masked_fill(unknown, 0)
@@ -68,7 +67,7 @@ def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Te
     if (loops := _compiled(q)) is not None:
         tops, sums = q.new_empty(2, heads, q.shape[1], n)
         arrays = (t.numpy() for t in (q.contiguous(), *records, rows.contiguous()))
-        loops.score_of(bits, q.shape[1])(*arrays, SURE, tops.numpy(), sums.numpy())
+        loops.score(bits, q.shape[1])(*arrays, SURE, tops.numpy(), sums.numpy())
         return tops.add_(sums.log_())
     boxes, scales, codes, tokens = records
     flat = (rows + boxes.shape[1] * torch.arange(heads, device=rows.device)[:, None]).ravel()
@@ -90,13 +89,18 @@ def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Te
 
 def off_by(q: Tensor, scales: Tensor) -> Tensor:
     """By how much `of_codes` may differ from exact arithmetic, beside float32's own rounding: (kv_heads, group, n)."""
-    return q.shape[2] * _UNITS_OFF * q.abs().amax(-1, keepdim=True) * scales[:, None]
+    return q.shape[2] * (0.501 * REACH_UNIT) * q.abs().amax(-1, keepdim=True) * scales[:, None]
 
 
 def _compiled(q: Tensor) -> ModuleType | None:
-    """The compiled loops where they can be used: on CPU, for head dimensions in fours."""
-    if q.device.type != "cpu" or q.shape[2] % 4:
-        return None
-    from kvdb.runtime.selection import sketch_kernel
+    """The compiled loops where they can be used: on CPU, for head dimensions in fours, where numba can be imported."""
+    return _loops() if q.device.type == "cpu" and q.shape[2] % 4 == 0 else None
 
+
+@cache
+def _loops() -> ModuleType | None:
+    try:
+        from kvdb.runtime.selection import sketch_kernel
+    except (ImportError, OSError):  # not installed, not for this NumPy, or a library of it is missing
+        return None
     return sketch_kernel

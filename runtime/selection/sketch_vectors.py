@@ -36,8 +36,7 @@ def _splat(b: Any, value: Any) -> Any:
     return b.shuffle_vector(b.insert_element(nothing, value, _I32(0)), nothing, _lanes([0] * LANES))
 
 
-@intrinsic
-def address(typingctx: Any, array: Any, index: Any) -> Any:
+def _address(typingctx: Any, array: Any, index: Any) -> Any:
     """Pointer to an element of a contiguous array of one dimension."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -47,8 +46,7 @@ def address(typingctx: Any, array: Any, index: Any) -> Any:
     return types.CPointer(array.dtype)(array, index), codegen
 
 
-@intrinsic
-def fetch(typingctx: Any, pointer: Any) -> Any:
+def _fetch(typingctx: Any, pointer: Any) -> Any:
     """Ask for the cache line at an address: it arrives while other work goes on."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -61,8 +59,7 @@ def fetch(typingctx: Any, pointer: Any) -> Any:
     return types.void(pointer), codegen
 
 
-@intrinsic(prefer_literal=True)
-def sixteen(
+def _sixteen(
     typingctx: Any,
     planes: Any,
     stride: Any,
@@ -101,9 +98,7 @@ def sixteen(
         def plane_bits(plane: int) -> Any:
             """Bit of each key in each of four elements, a byte each."""
             first = b.gep(planes, [b.add(b.mul(stride, _I64(plane)), b.mul(quad, _I64(4)))])
-            low, high = (
-                _splat(b, b.load(b.bitcast(at, word), align=1)) for at in (first, b.gep(first, [second]))
-            )
+            low, high = (_splat(b, b.load(b.bitcast(at, word), align=1)) for at in (first, b.gep(first, [second])))
             both = b.shuffle_vector(low, high, _lanes([*range(8), *range(LANES + 8, 2 * LANES)]))
             return b.and_(b.lshr(both, _lanes(lane % 8 for lane in range(LANES))), _lanes([0x01010101] * LANES))
 
@@ -146,3 +141,8 @@ def sixteen(
         queries,
     )
     return signature, codegen
+
+
+address: Any = intrinsic(_address)
+fetch: Any = intrinsic(_fetch)
+sixteen: Any = intrinsic(prefer_literal=True)(_sixteen)

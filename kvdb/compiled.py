@@ -1,0 +1,27 @@
+"""Loops that numba compiles, kept for later processes where the machine lets it.
+
+numba takes 0.3 s to import: import this, and whatever uses it, only where something is to be computed. To compile takes seconds,
+to load what was kept tenths of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+
+def compiled(function: Callable[..., Any], signature: str, **options: Any) -> Callable[..., Any]:
+    """A function compiled at once for arguments of these types; arrays that are "[:, ::1]" must be C-contiguous.
+
+    numba keeps code in NUMBA_CACHE_DIR, or else beside the source, or else in the user's cache folder. Where none of them can
+    be written, where it is full, or where what is in it is damaged, each process compiles for itself.
+
+    options  of `numba.njit`
+    """
+    try:
+        made: Callable[..., Any] = numba.njit(signature, cache=True, **options)(function)
+    except Exception:  # numba has no error of its own for such folders; what is wrong with the function is raised again
+        made = numba.njit(signature, **options)(function)
+    return made
