@@ -34,7 +34,7 @@ from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, reg
 from kvdb.runtime.cache import KVDBCache, Prefix
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
 from kvdb.runtime.prefill import PrefillProgress, prefill
-from kvdb.runtime.selection import DEFAULT_SELECTOR, SELECTORS, Budget, Certified, Mass, Selector, StopRule
+from kvdb.runtime.selection import DEFAULT_SELECTOR, SELECTORS, Budget, Certified, Mass, Selector, StopRule, Threshold
 from kvdb.segments import Segment
 from kvdb.store import KVDB, Match
 
@@ -47,6 +47,7 @@ def attach(
     db: KVDB,
     *,
     budget: float | int | None = None,
+    threshold: float | None = None,
     mass: float | None = None,
     certified: float | None = None,
     exact: bool = False,
@@ -57,6 +58,7 @@ def attach(
 
     budget    share of stored tokens each KV head may attend to while decoding (float), or their number (int);
               default min(10 %, 2 048 tokens); sinks and recent window included, the newest, unstored tokens not
+    threshold instead of a budget: read every record whose share of attention mass, as estimated, is at least this
     mass      instead of a budget: read records until this share of attention mass, as estimated, is attended to (top-p)
     certified instead of a budget: read until at most this share of every head's softmax mass is proven to be unread
     exact     attend to everything
@@ -64,7 +66,7 @@ def attach(
     fidelity  "exact" reuses only KV that dense attention computed; "any" also what was generated under a budget
     raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
     """
-    given = {"budget": budget, "mass": mass, "certified": certified, "exact": exact or None}
+    given = {"budget": budget, "threshold": threshold, "mass": mass, "certified": certified, "exact": exact or None}
     if len(chosen := [f"{name}={value!r}" for name, value in given.items() if value is not None]) > 1:
         raise InvalidInput(f"attach: {' and '.join(chosen)}, expected one of them")
     if fidelity not in (EXACT, "any"):
@@ -74,7 +76,9 @@ def attach(
     if not isinstance(selector, Selector):
         raise InvalidInput(f"attach: selector is {selector!r}, expected one of {sorted(SELECTORS)}, or a member itself")
     rule: StopRule | None = None
-    if mass is not None:
+    if threshold is not None:
+        rule = Threshold.of(threshold)
+    elif mass is not None:
         rule = Mass.of(mass)
     elif certified is not None:
         rule = Certified.of(certified)

@@ -242,9 +242,7 @@ class FullLayer(_FixedShape, DynamicLayer):
             parts.append((k.clone(), v.clone()))  # what is read next takes their place
             return _record_lse(exact_query, k, cache.geometry.chunk_tokens)
 
-        tail_lse = None
-        if cache.rule.knows_tail or cache.sampling:
-            tail_lse = torch.logsumexp(torch.bmm(exact_query, tail_k.float().transpose(1, 2)), -1)
+        tail_lse = torch.logsumexp(torch.bmm(exact_query, tail_k.float().transpose(1, 2)), -1)
         resident = row.resident(index, cache.selector)
         scores = cache.rule.score(cache.selector, exact_query, resident, take)
         chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, read)
@@ -257,7 +255,6 @@ class FullLayer(_FixedShape, DynamicLayer):
             k, v = row.select(index, chosen.chunks)
             parts.append((k, v))
             if cache.sampling:
-                assert tail_lse is not None
                 lse = _record_lse(exact_query, k, cache.geometry.chunk_tokens)
                 cache.note_mass(covered_mass(scores, chosen, lse, tail_lse))
         return attend_one(query, [*parts, (tail_k, tail_v)], beside)

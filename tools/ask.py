@@ -80,6 +80,7 @@ def ask(
     document: str,
     model: str,
     budget: str | None,
+    threshold: float | None,
     mass: float | None,
     certified: float | None,
     exact: bool,
@@ -99,7 +100,8 @@ def ask(
     selector  a name, or a name with settings; None: the default
     opening   options of `KVDB.open`
     """
-    limit = check_limits(budget, mass, certified, exact=exact)
+    shares: dict[str, Any] = {"threshold": threshold, "mass": mass, "certified": certified}
+    limit = check_limits(budget, shares, exact=exact)
     if not question.strip():
         raise InvalidInput("question: empty, expected some text; put it in quotes after the store")
     if not _is_unicode(question):
@@ -128,7 +130,7 @@ def ask(
     started = time.perf_counter()
     with (
         KVDB.open(store, **opening) as db,
-        attach(loaded.model, db, budget=limit, mass=mass, certified=certified, exact=exact, selector=chosen) as kv,
+        attach(loaded.model, db, budget=limit, **shares, exact=exact, selector=chosen) as kv,
     ):
         result, shown = _answer(kv, loaded, prompt, max_new_tokens, keep, console, as_json, started)
     if stats is not None:
@@ -143,21 +145,18 @@ def ask(
 # -- input, checked before the model is loaded
 
 
-def check_limits(budget: str | None, mass: float | None, certified: float | None, *, exact: bool) -> float | int | None:
+def check_limits(budget: str | None, shares: dict[str, float | None], *, exact: bool) -> float | int | None:
     """What bounds attention: at most one of the options; returns the budget.
 
+    shares  the other options by name
     raises  InvalidInput
     """
-    given = [
-        f"--{name} {value}"
-        for name, value in (("budget", budget), ("mass", mass), ("certified", certified))
-        if value is not None
-    ]
+    given = [f"--{name} {value}" for name, value in {"budget": budget, **shares}.items() if value is not None]
     if exact:
         given.insert(0, "--exact")
     if len(given) > 1:
         raise InvalidInput(f"{' and '.join(given)}: expected one of them; --exact attends to everything")
-    for name, share in (("mass", mass), ("certified", certified)):
+    for name, share in shares.items():
         if share is not None and not 0.0 < share < 1.0:
             raise InvalidInput(f"--{name} {share}: expected a share between 0 and 1")
     return parse_budget(budget)

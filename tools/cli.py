@@ -116,6 +116,14 @@ def ask(
             show_default=False,
         ),
     ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Instead of a budget: read every record whose share of attention, as estimated, is at least this (0.004).",
+            show_default=False,
+        ),
+    ] = None,
     mass: Annotated[
         float | None,
         typer.Option(
@@ -180,6 +188,7 @@ def ask(
         document=document,
         model=model,
         budget=budget,
+        threshold=threshold,
         mass=mass,
         certified=certified,
         exact=exact,
@@ -389,6 +398,10 @@ def eval_(
             metavar="SHARE|TOKENS", help="As 'kvdb ask --budget'; may be repeated.", show_default="0.05, 0.1, 0.2"
         ),
     ] = None,
+    threshold: Annotated[
+        list[float] | None,
+        typer.Option(metavar="SHARE", help="Read every record that is estimated to have this share of attention."),
+    ] = None,
     mass: Annotated[
         list[float] | None,
         typer.Option(metavar="SHARE", help="Read until this share of attention is estimated to be covered."),
@@ -428,6 +441,7 @@ def eval_(
         tokens=tokens,
         selectors=selector,
         budgets=budget,
+        thresholds=threshold,
         masses=mass,
         certified=certified,
         positions=positions,

@@ -9,7 +9,7 @@ from kvdb.runtime.selection.box import BoxSelector
 from kvdb.runtime.selection.centroid import CentroidSelector
 from kvdb.runtime.selection.mass import covered_mass
 from kvdb.runtime.selection.mean import MeanSelector
-from kvdb.runtime.selection.rules import Budget, Certified, Mass, Plan, StopRule
+from kvdb.runtime.selection.rules import Budget, Certified, Mass, Plan, StopRule, Threshold
 from kvdb.runtime.selection.sketch import SketchSelector
 from kvdb.runtime.selection.table import SelectorTable
 
@@ -18,5 +18,5 @@ DEFAULT_SELECTOR: Final = SketchSelector.name
 
 __all__ = [
     "DEFAULT_SELECTOR", "DENSE_BELOW", "SELECTORS", "BoxSelector", "Budget", "CentroidSelector", "Certified", "Estimate", "Forced", "Mass",
-    "MeanSelector", "Plan", "Resident", "Scores", "Selector", "SelectorTable", "SketchSelector", "StopRule", "covered_mass",
+    "MeanSelector", "Plan", "Resident", "Scores", "Selector", "SelectorTable", "SketchSelector", "StopRule", "Threshold", "covered_mass",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Resident = tuple[Tensor, ...]
 
 SINK_TOKENS = 16
-RECENT_TOKENS = 64
+RECENT_TOKENS = 16
 DENSE_BELOW = 1024
 """Histories shorter than this are attended to densely: selection would save less than it costs."""
 

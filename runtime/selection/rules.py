@@ -1,11 +1,14 @@
 """How much to read: stop rules make a plan of a selector's scores.
 
-All of them take the sink and the recent window, then records by estimated attention mass (softmax per query head, summed
-over the group that shares the KV head), best first. They differ in where they stop:
+All of them take the sink and the recent window, then records by estimated share of attention mass (softmax over all records and the
+newest tokens for each query head, mean over the group that shares the KV head), best first. They differ in where they stop:
 
     budget     at a fixed number of records per KV head
-    mass       when the estimated share of attention mass reaches p (top-p): each KV head at its own count
+    threshold  at records that have less than a given share
+    mass       when the estimated share of attention mass reaches p (top-p)
     certified  when proven bounds leave at most epsilon of the softmax mass unread, for every query head
+
+Under threshold and mass each KV head of each layer stops at its own count, at every step.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,9 +66,6 @@ Read = Callable[[Tensor], Tensor]
 class StopRule(ABC):
     """Contract. Immutable; equal rules choose alike."""
 
-    knows_tail: ClassVar[bool] = True
-    """Whether it wants to know what attention spends on the newest tokens."""
-
     @property
     @abstractmethod
     def fidelity(self) -> str:
@@ -84,11 +84,11 @@ class StopRule(ABC):
         return selector.score(q, resident, take)
 
     @abstractmethod
-    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor | None, read: Read) -> Plan:
+    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
         """Choose.
 
         take      what `look_at` said
-        tail_lse  (kv_heads, group): log-sum-exp over the newest tokens, which are always attended to; None: there are none
+        tail_lse  (kv_heads, group): log-sum-exp over the newest tokens, which are always attended to; -inf: there are none
         read      for rules that must know what they read
         """
 
@@ -101,7 +101,6 @@ class Budget(StopRule):
     tokens  upper limit, or None
     """
 
-    knows_tail: ClassVar[bool] = False
     share: float
     tokens: int | None
 
@@ -129,18 +128,46 @@ class Budget(StopRule):
         allowed = int(self.share * chunks)
         return allowed if self.tokens is None else min(allowed, self.tokens // chunk_tokens)
 
-    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor | None, read: Read) -> Plan:
+    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
         """Never fewer than the forced ones."""
         heads, _, chunks = scores.lse.shape
         edges = forced.sink + forced.recent
         free = max(0, min(take, chunks) - edges)
         chosen = _edges(heads, chunks, free, forced, scores.lse.device).clone()
         if free:
-            middle = torch.softmax(scores.lse[..., forced.sink : chunks - forced.recent], -1).sum(
-                1
-            )  # [kv_heads, middle]
+            middle = _shares(scores.lse, tail_lse)[..., forced.sink : chunks - forced.recent].sum(1)
             torch.add(torch.topk(middle, free, sorted=False).indices, forced.sink, out=chosen[:, edges:])
         return Plan(chosen, None, edges)
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold(StopRule):
+    """Read every record whose estimated share of attention mass, mean over the query heads of a KV head, is at least `share`.
+
+    At most 1 / share records of a KV head are read beside sink and window. What is read follows attention over layers, heads and
+    steps, as with `mass`; but a head that attends to much a little is not read to the end.
+    """
+
+    share: float
+
+    @classmethod
+    def of(cls, threshold: float) -> Threshold:
+        return cls(_open_unit("threshold", threshold))
+
+    @property
+    def fidelity(self) -> str:
+        return f"threshold={self.share:g}"
+
+    def look_at(self, chunks: int, chunk_tokens: int) -> int:
+        return max(
+            1, min(chunks - 1, math.ceil(0.25 / self.share))
+        )  # heads differ; few come near the most there can be
+
+    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
+        shares = _shares(scores.lse, tail_lse)[..., :-1].mean(1)
+        order, edges = _best_first(shares, forced)
+        counts = (shares.gather(1, order[:, edges:]) >= self.share).sum(-1) + edges
+        return Plan(order[:, : int(counts.max())], counts, edges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +189,10 @@ class Mass(StopRule):
             1, chunks // 4
         )  # more is needed where attention is flat; then what is not looked at closely is near its mean
 
-    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor | None, read: Read) -> Plan:
-        order, edges = _best_first(scores.lse, forced)
-        logits = scores.lse if tail_lse is None else torch.cat((scores.lse, tail_lse[..., None]), -1)
-        shares = torch.softmax(logits, -1)
-        covered = shares[..., -1].mean(1) if tail_lse is not None else shares.new_zeros(shares.shape[0])
-        gained = shares.mean(1).gather(1, order)  # [kv_heads, chunks]
-        reached = covered[:, None] + gained.cumsum(-1)
+    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
+        shares = _shares(scores.lse, tail_lse).mean(1)
+        order, edges = _best_first(shares[:, :-1], forced)
+        reached = shares[:, -1:] + shares.gather(1, order).cumsum(-1)
         counts = ((reached < self.share).sum(-1) + 1).clamp(edges, order.shape[1])
         return Plan(order[:, : int(counts.max())], counts, edges)
 
@@ -204,19 +228,18 @@ class Certified(StopRule):
     def score(self, selector: Selector, q: Tensor, resident: tuple[Tensor, ...], take: int) -> Scores:
         return selector.score(q, resident, take, ceilings=True)
 
-    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor | None, read: Read) -> Plan:
+    def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
         assert scores.ceiling is not None
         heads, group, chunks = scores.lse.shape
-        order, edges = _best_first(scores.lse, forced)
+        order, edges = _best_first(_shares(scores.lse, tail_lse)[..., :-1].mean(1), forced)
         spread = order[:, None].expand(-1, group, -1)
         ceiling = (scores.ceiling + ROUNDING).gather(2, spread)
         beyond = _suffix_lse(ceiling)  # [kv_heads, group, chunks + 1]: bound of all from a place on
         lse = scores.lse.new_empty(heads, group, 0)
-        tail = scores.lse.new_full((heads, group), -math.inf) if tail_lse is None else tail_lse
         count = edges
         while True:
             lse = torch.cat((lse, read(order[:, lse.shape[2] : count])), -1)
-            have = torch.logaddexp(torch.logsumexp(lse, -1), tail) - ROUNDING
+            have = torch.logaddexp(torch.logsumexp(lse, -1), tail_lse) - ROUNDING
             unread = torch.sigmoid(
                 beyond - have[..., None]
             )  # were the rest from a place on unread, given what is read now
@@ -232,14 +255,19 @@ def _open_unit(where: str, value: float) -> float:
     return float(value)
 
 
-def _best_first(lse: Tensor, forced: Forced) -> tuple[Tensor, int]:
-    """All chunks per KV head: the forced ones, then by estimated mass; and how many are forced."""
-    chunks = lse.shape[2]
+def _shares(lse: Tensor, tail_lse: Tensor) -> Tensor:
+    """Estimated shares of attention mass, (kv_heads, group, chunks + 1): of each record and, last, of the newest tokens."""
+    return torch.softmax(torch.cat((lse, tail_lse[..., None]), -1), -1)
+
+
+def _best_first(shares: Tensor, forced: Forced) -> tuple[Tensor, int]:
+    """All chunks per KV head: the forced ones, then by their shares (kv_heads, chunks); and how many are forced."""
+    chunks = shares.shape[1]
     edges = min(chunks, forced.sink + forced.recent)
-    mass = torch.softmax(lse, -1).sum(1)
-    mass[:, : forced.sink] = math.inf
-    mass[:, chunks - forced.recent :] = math.inf
-    return torch.sort(mass, dim=-1, descending=True, stable=True).indices, edges
+    ranked = shares.clone()
+    ranked[:, : forced.sink] = math.inf
+    ranked[:, chunks - forced.recent :] = math.inf
+    return torch.sort(ranked, dim=-1, descending=True, stable=True).indices, edges
 
 
 def _suffix_lse(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tiny_models import save_tiny_llama
 from typer.testing import CliRunner
 
 from kvdb.runtime.attach import Attachment
-from kvdb.runtime.selection import BoxSelector, Budget, CentroidSelector
+from kvdb.runtime.selection import BoxSelector, Budget, CentroidSelector, SketchSelector
 from kvdb.tools.cli import app
 from kvdb.tools.evaluate.forward import Selecting, forward
 from kvdb.tools.evaluate.judge import Trial, judge
@@ -192,6 +192,30 @@ def test_an_estimate_of_what_is_not_read_is_nearer_to_dense_attention_than_nothi
     assert 0 < some.mean(lambda text: text.kl) < none.mean(lambda text: text.kl)
     assert some.mean(lambda text: text.kv_bytes) == none.mean(lambda text: text.kv_bytes)
     assert some.mean(lambda text: text.abstract_bytes) > none.mean(lambda text: text.abstract_bytes)
+
+
+@pytest.mark.real_model
+def test_a_fifth_of_two_thousand_tokens_is_nearly_enough_and_small_records_choose_better(smollm2: LoadedModel) -> None:
+    """The calibrated bound of LeoAM's claim (arXiv 2506.20187): at most .08 nats, and less than with records of 32 tokens."""
+
+    def kls(chunk_tokens: int) -> list[float]:
+        trial = Trial(
+            tokens=[2048],
+            positions=64,
+            selectors={"sketch": SketchSelector()},
+            rules=[Budget.of(0.2)],
+            texts=list(TEXTS),
+            needles=0,
+            seed=0,
+            chunk_tokens=chunk_tokens,
+        )
+        (row,) = judge(smollm2, trial, lambda _: None).rows
+        assert row.mean(lambda text: text.kv_share) <= 0.2
+        return [text.kl for text in row.texts]
+
+    for small, large in zip(kls(16), kls(32), strict=True):
+        assert 0 < small < large
+        assert small <= 0.08
 
 
 @pytest.mark.real_model

@@ -22,7 +22,7 @@ from kvdb.runtime.selection import SELECTORS, CentroidSelector
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 TOKENS = 1500
-RULES: list[dict[str, Any]] = [{"budget": 0.2}, {"mass": 0.9}, {"certified": 0.2}]
+RULES: list[dict[str, Any]] = [{"budget": 0.2}, {"threshold": 0.02}, {"mass": 0.9}, {"certified": 0.2}]
 
 
 def logits(model: Any, cache: Any, ids: Tensor) -> Tensor:
@@ -133,6 +133,7 @@ def test_an_abstract_that_is_stored_later_is_read_and_not_made(
     [
         ({"mass": 0.9, "budget": 0.1}, r"budget=0\.1 and mass=0\.9, expected one of them"),
         ({"certified": 0.1, "exact": True}, r"certified=0\.1 and exact=True, expected one of them"),
+        ({"threshold": 0.0}, r"threshold: 0\.0, expected a share between 0 and 1"),
         ({"mass": 1.0}, r"mass: 1\.0, expected a share between 0 and 1"),
         ({"certified": 0}, r"certified: 0, expected a share between 0 and 1"),
         ({"selector": "bag"}, r"selector is 'bag', expected one of \['box', 'centroid', 'mean', 'sketch'\]"),

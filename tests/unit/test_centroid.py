@@ -67,7 +67,9 @@ def resident_of(selector: CentroidSelector, c: Case, dtype: str) -> tuple[Reside
 def plan_of(scores: Scores, seed: int, *, each: bool) -> Plan:
     """What a budget of seven records chooses, or as many for each KV head as chance says."""
     if not each:
-        return Budget.of(7 * CT).plan(scores, 7, FORCED, None, lambda chunks: pytest.fail("a budget reads nothing"))
+        return Budget.of(7 * CT).plan(
+            scores, 7, FORCED, torch.zeros(scores.lse.shape[:2]), lambda chunks: pytest.fail("a budget reads nothing")
+        )
     heads, _, chunks = scores.lse.shape
     g = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(chunks, generator=g) for _ in range(heads)])

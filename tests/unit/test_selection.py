@@ -1,7 +1,7 @@
 """A plan holds the sink, the recent window and the best of the rest, each once; where it stops is as its rule says; what it
 leaves unread is estimated, or proven.
 
-The oracle of a plan is NumPy in float64: softmax per query head, summed over the group, sorted. The oracle of covered mass
+The oracle of a plan is NumPy in float64: softmax per query head over records and tail, mean over the group, sorted. The oracle of covered mass
 is the sum of exponentials over every token.
 """
 
@@ -17,7 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdb.errors import InvalidInput
-from kvdb.runtime.selection import BoxSelector, Budget, Certified, Forced, Mass, Plan, Scores, StopRule, covered_mass
+from kvdb.runtime.selection import (
+    BoxSelector,
+    Budget,
+    Certified,
+    Forced,
+    Mass,
+    Plan,
+    Scores,
+    StopRule,
+    Threshold,
+    covered_mass,
+)
 
 FORCED = Forced.of(16)
 
@@ -37,20 +48,30 @@ def unread(_: torch.Tensor) -> torch.Tensor:
     raise AssertionError("read before the plan was made")
 
 
-def plan(lse: torch.Tensor, take: int) -> Plan:
-    return Budget.of(None).plan(scored(lse), take, FORCED, None, unread)
+def no_tail(lse: torch.Tensor) -> torch.Tensor:
+    return lse.new_full(lse.shape[:2], -math.inf)
 
 
-def group_mass(scores: torch.Tensor, forced: Forced) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Estimated mass of each record between sink and recent window, (kv_heads, records)."""
-    middle = scores.double().numpy()[..., forced.sink : scores.shape[-1] - forced.recent]
-    e = np.exp(middle - middle.max(-1, keepdims=True))
-    return (e / e.sum(-1, keepdims=True)).sum(1)
+def plan(lse: torch.Tensor, take: int, tail: torch.Tensor | None = None) -> Plan:
+    return Budget.of(None).plan(scored(lse), take, FORCED, no_tail(lse) if tail is None else tail, unread)
 
 
-@pytest.mark.parametrize(("chunk_tokens", "sink", "recent"), [(16, 1, 4), (32, 1, 2), (64, 1, 1), (8, 2, 8)])
+def tails(shape: tuple[int, int, int], seed: int, width: float, *, some: bool) -> torch.Tensor:
+    """Log-sum-exps of newest tokens, (kv_heads, group)."""
+    return scores_of((*shape[:2], 1), seed + 1, width)[..., 0] if some else torch.full(shape[:2], -math.inf)
+
+
+def group_shares(lse: torch.Tensor, tail: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Estimated share of each record and, last, of the tail: (kv_heads, chunks + 1)."""
+    logits = np.concatenate((lse.double().numpy(), tail.double().numpy()[..., None]), -1)
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    shares: np.ndarray[Any, np.dtype[np.float64]] = (e / e.sum(-1, keepdims=True)).mean(1)
+    return shares
+
+
+@pytest.mark.parametrize(("chunk_tokens", "sink", "recent"), [(16, 1, 1), (32, 1, 1), (64, 1, 1), (8, 2, 2)])
 def test_sink_and_recent_window_are_whole_chunks(chunk_tokens: int, sink: int, recent: int) -> None:
-    """16 and 64 tokens."""
+    """16 tokens each."""
     assert Forced.of(chunk_tokens) == (sink, recent)
 
 
@@ -68,16 +89,28 @@ def test_a_plan_holds_what_is_forced_and_nothing_twice(shape: tuple[int, int, in
         assert set(row[: chosen.forced]) == forced
 
 
-@given(shapes, st.integers(0, 80), seeds)
-def test_the_free_part_of_a_plan_is_the_top_by_mass(shape: tuple[int, int, int], take: int, seed: int) -> None:
-    scores = scores_of(shape, seed)
-    chosen = plan(scores, take)
+@given(shapes, st.integers(0, 80), st.booleans(), seeds)
+def test_the_free_part_of_a_plan_is_the_top_by_share(
+    shape: tuple[int, int, int], take: int, tail: bool, seed: int
+) -> None:
+    scores, tail_lse = scores_of(shape, seed), tails(shape, seed, 6.0, some=tail)
+    chosen = plan(scores, take, tail_lse)
     free = chosen.chunks.shape[1] - chosen.forced
-    for row, mass in zip(chosen.chunks[:, chosen.forced :].tolist(), group_mass(scores, FORCED), strict=True):
-        best = np.sort(mass)[::-1][:free]
-        found = np.sort(mass[np.array(row, int) - FORCED.sink])[::-1]
-        # Equal but for swaps of records whose masses are equal in float32: each is a sum of `group` rounded terms.
-        assert np.allclose(found, best, rtol=16 * np.finfo(np.float32).eps, atol=0)
+    shares = group_shares(scores, tail_lse)[:, FORCED.sink : shape[2] - FORCED.recent]
+    for row, mine in zip(chosen.chunks[:, chosen.forced :].tolist(), shares, strict=True):
+        best = np.sort(mine)[::-1][:free]
+        found = np.sort(mine[np.array(row, int) - FORCED.sink])[::-1]
+        # Equal but for swaps of records whose shares are equal in float32: each is a sum of `group` rounded terms.
+        assert np.allclose(found, best, rtol=64 * np.finfo(np.float32).eps, atol=0)
+
+
+def test_a_query_head_that_looks_at_the_newest_tokens_has_less_of_a_say() -> None:
+    """Two heads of a group want different records; one of them spends nearly all of its attention on the tail."""
+    lse = torch.zeros(1, 2, 40)
+    lse[0, 0, 10], lse[0, 1, 20] = 5.0, 6.0
+    want = FORCED.sink + FORCED.recent + 1
+    assert plan(lse, want).chunks[0, -1] == 20
+    assert plan(lse, want, torch.tensor([[-math.inf, 12.0]])).chunks[0, -1] == 10
 
 
 def test_a_later_plan_does_not_change_an_earlier_one() -> None:
@@ -165,12 +198,19 @@ def test_a_budget_is_never_exceeded(share: float, chunks: int, chunk_tokens: int
 
 def test_different_rules_have_different_fidelities() -> None:
     rules: list[StopRule] = [Budget.of(b) for b in (None, 0.1, 0.2, 1.0, 1, 2048, 512)]
-    rules += [Mass.of(0.9), Mass.of(0.95), Certified.of(0.95), Certified.of(0.05)]
+    rules += [
+        Mass.of(0.9),
+        Mass.of(0.95),
+        Certified.of(0.95),
+        Certified.of(0.05),
+        Threshold.of(0.05),
+        Threshold.of(0.9),
+    ]
     assert len({rule.fidelity for rule in rules}) == len(rules)
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 0.0, 1.0, -0.1, 1.5, math.nan, math.inf, True, "0.1", None])
-@pytest.mark.parametrize(("rule", "name"), [(Mass, "mass"), (Certified, "certified")])
+@pytest.mark.parametrize(("rule", "name"), [(Threshold, "threshold"), (Mass, "mass"), (Certified, "certified")])
 def test_an_impossible_share_is_refused_with_its_value(rule: Any, name: str, wrong: Any) -> None:
     with pytest.raises(InvalidInput, match=f"{name}: .*{str(wrong).strip()}"):
         rule.of(wrong)
@@ -184,23 +224,40 @@ def test_top_p_reads_as_many_as_reach_the_share_and_no_more(
     shape: tuple[int, int, int], share: float, width: float, tail: bool, seed: int
 ) -> None:
     lse = scores_of(shape, seed, width)
-    tail_lse = scores_of((*shape[:2], 1), seed + 1, width)[..., 0] if tail else None
+    tail_lse = tails(shape, seed, width, some=tail)
     chosen = Mass.of(share).plan(scored(lse), 1, FORCED, tail_lse, unread)
     assert chosen.counts is not None
     assert chosen.chunks.shape[1] == chosen.counts.max()
-    e = np.exp(lse.double().numpy())
-    t = 0.0 if tail_lse is None else np.exp(tail_lse.double().numpy())
-    shares = e / (e.sum(-1) + t)[..., None]
+    shares = group_shares(lse, tail_lse)
     slack = 64 * np.finfo(np.float32).eps * shape[2]
     for head, count in enumerate(chosen.counts.tolist()):
         row = chosen.chunks[head, :count].numpy()
         assert len(set(row.tolist())) == count
         assert set(range(FORCED.sink)) | set(range(shape[2] - FORCED.recent, shape[2])) <= set(row.tolist())
-        missing = 1 - (0.0 if tail_lse is None else (t / (e.sum(-1) + t))[head].mean())
-        missing -= shares[head][:, row].sum(-1).mean()
+        missing = 1 - shares[head, -1] - shares[head][row].sum()
         assert missing <= 1 - share + slack
-        last = shares[head][:, row[-1]].mean()
+        last = shares[head][row[-1]]
         assert count == chosen.forced or missing + last >= 1 - share - slack  # one fewer would not have done
+
+
+# -- a threshold
+
+
+@given(shapes, st.floats(0.001, 0.5), st.floats(0.1, 8.0), st.booleans(), seeds)
+def test_a_threshold_reads_every_record_above_it_and_none_below(
+    shape: tuple[int, int, int], share: float, width: float, tail: bool, seed: int
+) -> None:
+    lse, tail_lse = scores_of(shape, seed, width), tails(shape, seed, width, some=tail)
+    chosen = Threshold.of(share).plan(scored(lse), 1, FORCED, tail_lse, unread)
+    assert chosen.counts is not None
+    assert chosen.chunks.shape[1] == chosen.counts.max()
+    assert chosen.records <= shape[0] * (chosen.forced + 1 / share)
+    shares = group_shares(lse, tail_lse)[:, :-1]
+    shares[:, : FORCED.sink] = shares[:, shape[2] - FORCED.recent :] = 1.0  # always read
+    slack = 64 * np.finfo(np.float32).eps
+    for head, read in enumerate(chosen.read(shape[2]).numpy()):
+        assert (shares[head][read] >= share * (1 - slack)).all()
+        assert (shares[head][~read] < share * (1 + slack)).all()
 
 
 # -- a certificate
@@ -219,11 +276,11 @@ def test_the_true_unread_mass_never_exceeds_the_certificate_nor_epsilon(
     shape: tuple[int, int, int], epsilon: float, width: float, loose: float, tail: bool, seed: int
 ) -> None:
     scores, true = honest(shape, seed, width, loose)
-    tail_lse = scores_of((*shape[:2], 1), seed + 1, width)[..., 0] if tail else None
+    tail_lse = tails(shape, seed, width, some=tail)
     chosen = Certified.of(epsilon).plan(scores, 1, FORCED, tail_lse, lambda chunks: chosen_lse(true, chunks))
     assert chosen.unread_mass is not None
     e = np.exp(true.double().numpy() - true.max().item())
-    total = e.sum(-1) + (0.0 if tail_lse is None else np.exp(tail_lse.double().numpy() - true.max().item()))
+    total = e.sum(-1) + np.exp(tail_lse.double().numpy() - true.max().item())
     read = np.take_along_axis(e, chosen.chunks.numpy()[:, None].repeat(shape[1], 1), 2).sum(-1)
     unread_share = (e.sum(-1) - read) / total
     assert (unread_share <= chosen.unread_mass.double().numpy() + 1e-12).all()
@@ -237,7 +294,9 @@ def test_a_certificate_costs_less_where_attention_is_sharp_and_bounds_are_tight(
     read = []
     for loose in (0.1, 3.0, 12.0):
         scores, true = honest((1, 2, 200), 0, 5.0, loose)
-        read.append(Certified.of(0.05).plan(scores, 1, FORCED, None, lambda c, true=true: chosen_lse(true, c)).records)
+        read.append(
+            Certified.of(0.05).plan(scores, 1, FORCED, no_tail(true), lambda c, true=true: chosen_lse(true, c)).records
+        )
     assert read[0] < read[1] < read[2]
     assert read[0] < 100
 
@@ -247,7 +306,7 @@ def test_false_bounds_would_be_seen() -> None:
     scores, true = honest((1, 1, 60), 1, 1.0, 0.0)
     assert scores.ceiling is not None
     false = scored(scores.lse, scores.ceiling - 3)
-    chosen = Certified.of(0.1).plan(false, 1, FORCED, None, lambda chunks: chosen_lse(true, chunks))
+    chosen = Certified.of(0.1).plan(false, 1, FORCED, no_tail(true), lambda chunks: chosen_lse(true, chunks))
     assert chosen.unread_mass is not None
     e = torch.exp(true.double())
     share = 1 - chosen_lse(true, chosen.chunks).double().exp().sum(-1) / e.sum(-1)

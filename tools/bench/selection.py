@@ -126,7 +126,7 @@ def _measure(
             evaluated = 0
             for q, kept in zip(queries, resident[name], strict=True):
                 scores = selector.score(q, kept, take)
-                rule.plan(scores, take, forced, None, _unread)
+                rule.plan(scores, take, forced, q.new_zeros(q.shape[:2]), _unread)
                 evaluated += scores.evaluated
             if step:  # the first one compiles and warms up
                 times[name].append(time.perf_counter() - started)

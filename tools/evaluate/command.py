@@ -27,6 +27,7 @@ def evaluate(
     tokens: list[int] | None = None,
     selectors: list[str] | None = None,
     budgets: list[str] | None = None,
+    thresholds: list[float] | None = None,
     masses: list[float] | None = None,
     certified: list[float] | None = None,
     positions: int = 256,
@@ -40,7 +41,7 @@ def evaluate(
     as_json: bool = False,
 ) -> None:
     """See `kvdb eval --help`. None or nothing in a list: its default; budgets: only where no other rule is given."""
-    budgets = budgets or ([] if masses or certified else [*DEFAULT_BUDGETS])
+    budgets = budgets or ([] if thresholds or masses or certified else [*DEFAULT_BUDGETS])
     limits = [parse_budget(budget) for budget in budgets]
     for option, file in (("--stats", stats), ("--plot", plot)):
         if file is not None and not file.parent.is_dir():
@@ -49,7 +50,7 @@ def evaluate(
     with console.status("loading torch and transformers"):
         import msgspec
 
-        from kvdb.runtime.selection import Budget, Certified, Mass
+        from kvdb.runtime.selection import Budget, Certified, Mass, Threshold
         from kvdb.tools.bench.setup import machine
         from kvdb.tools.evaluate.judge import Trial, judge
         from kvdb.tools.evaluate.oracle import JUDGED
@@ -60,6 +61,7 @@ def evaluate(
 
     rules: list[StopRule] = [
         *(Budget.of(limit) for limit in limits),
+        *(Threshold.of(threshold) for threshold in thresholds or ()),
         *(Mass.of(mass) for mass in masses or ()),
         *(Certified.of(epsilon) for epsilon in certified or ()),
     ]
