@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kvdb.errors import InvalidInput, Unsupported
 from kvdb.runtime.selection.base import Forced, Scores, Selector
+from kvdb.runtime.selection.largest import largest
 
 DEFAULT_SHARE, DEFAULT_TOKENS = 0.1, 2048
 ROUNDING = 1e-3
@@ -136,7 +137,7 @@ class Budget(StopRule):
         chosen = _edges(heads, chunks, free, forced, scores.lse.device).clone()
         if free:
             middle = _shares(scores.lse, tail_lse)[..., forced.sink : chunks - forced.recent].sum(1)
-            torch.add(torch.topk(middle, free, sorted=False).indices, forced.sink, out=chosen[:, edges:])
+            torch.add(largest(middle, free), forced.sink, out=chosen[:, edges:])
         return Plan(chosen, None, edges)
 
 

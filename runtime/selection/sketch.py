@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from kvdb.abstracts.sketch import BITS, corners
 from kvdb.errors import InvalidInput
 from kvdb.geometry import div_ceil
 from kvdb.runtime.selection.base import SURE, Array, Resident, Scores, Selector
+from kvdb.runtime.selection.largest import largest
 from kvdb.runtime.selection.sketch_scores import of_boxes, of_codes, of_open_boxes, off_by
 
 RANGE: Final = 8
@@ -67,7 +69,7 @@ class SketchSelector(Selector):
     bits: int = 3
     beta: float = 0.5
     margin: float = 6.0
-    least: int = 512
+    least: int = 1024
     opened: float = 1.0
 
     def __post_init__(self) -> None:
@@ -105,19 +107,19 @@ class SketchSelector(Selector):
         if close == chunks:
             return self._all(q, kept, ceilings)
         coarse, scored, read = self._coarse(q, kept, close)
-        best = torch.topk(torch.softmax(coarse, -1).sum(1), close, sorted=False).indices  # [kv_heads, close]
+        best = largest(torch.softmax(coarse, -1).sum(1), close)  # [kv_heads, close]
         index = best[:, None].expand(-1, q.shape[1], -1)
         lse = of_codes(q, kept[:4], best, self.bits)
-        weakest = torch.topk(lse, max(1, close // 2), largest=False, sorted=False).indices
-        shift = (lse.gather(2, weakest) - coarse.gather(2, index).gather(2, weakest)).mean(-1, keepdim=True)
+        weak = (lse <= lse.mean(-1, keepdim=True)).float()
+        shift = ((lse - coarse.gather(2, index)) * weak).sum(-1, keepdim=True) / weak.sum(-1, keepdim=True)
         read += best.numel() * kept.codes[0, 0].nbytes
-        return Scores((coarse + shift).scatter(2, index, lse), None, scored + heads * close, read)
+        return Scores(coarse.add_(shift).scatter_(2, index, lse), None, scored + heads * close, read)
 
     def _all(self, q: Tensor, kept: Sketches, ceilings: bool) -> Scores:
         """Every record closely."""
         heads, chunks, _ = kept.boxes.shape
         dim = q.shape[2]
-        lse = of_codes(q, kept[:4], torch.arange(chunks, device=q.device).repeat(heads, 1), self.bits)
+        lse = of_codes(q, kept[:4], _every(heads, chunks, q.device), self.bits)
         ceiling = None
         if ceilings:
             box = kept.boxes.float()
@@ -138,12 +140,16 @@ class SketchSelector(Selector):
         if opened >= ranges:
             return of_boxes(weights, *kept[:2]), heads * chunks, heads * chunks * box_bytes
         around = of_boxes(weights, *kept[4:])
-        best = (
-            torch.topk(torch.softmax(around, -1).sum(1), opened, sorted=False).indices.sort().values
-        )  # in the order of memory
+        best = largest(torch.softmax(around, -1).sum(1), opened).sort().values  # in the order of memory
         scored = heads * (ranges + opened * RANGE)
         coarse = of_open_boxes(weights, *kept[:2], best, RANGE, around)
         return coarse, scored, scored * box_bytes
+
+
+@lru_cache(maxsize=8)
+def _every(heads: int, chunks: int, device: torch.device) -> Tensor:
+    """Rows of all records, (kv_heads, chunks): the same for every layer of a step."""
+    return torch.arange(chunks, device=device).repeat(heads, 1)
 
 
 def _around(boxes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,8 @@ _SCORE: Final = (
 )
 _QUERIES: Final = 4
 """Query heads that are scored together: their sums fit into registers."""
+_AHEAD: Final = 2
+"""So many records before it is needed, one is asked for."""
 _NEVER: Final = -(2**30)
 """Below any sum there is: of a key that is not there."""
 
@@ -131,8 +133,8 @@ def _score_of(bits: int, queries: int) -> Callable[..., None]:
             for i in range(rows.shape[1]):
                 row = rows[head, i]
                 scale, count = scales[head, row], tokens[row]
-                if i + 1 < rows.shape[1]:
-                    ahead = head * chunks + rows[head, i + 1]
+                if i + _AHEAD < rows.shape[1]:
+                    ahead = head * chunks + rows[head, i + _AHEAD]
                     for at in range(0, 2 * dim, LINE):
                         fetch(address(all_boxes, 2 * dim * ahead + at))
                     for at in range(0, bits * row_bytes, LINE):

@@ -29,6 +29,7 @@ from kvdb.runtime.selection import (
     Threshold,
     covered_mass,
 )
+from kvdb.runtime.selection.largest import largest
 
 FORCED = Forced.of(16)
 
@@ -119,6 +120,17 @@ def test_a_later_plan_does_not_change_an_earlier_one() -> None:
     kept = first.chunks.clone()
     plan(scores_of(shape, 2), 12)
     assert torch.equal(first.chunks, kept)
+
+
+@given(st.integers(1, 4), st.integers(1, 200) | st.integers(4000, 5000), st.data())
+def test_the_largest_of_each_row_are_found(rows: int, n: int, data: st.DataObject) -> None:
+    k, seed = data.draw(st.integers(0, n)), data.draw(seeds)
+    values = scores_of((rows, 1, n), seed)[:, 0].round(decimals=1)  # with many that are equal
+    found = largest(values, k)
+    assert found.shape == (rows, k)
+    for row, indices in zip(values.numpy(), found.numpy(), strict=True):
+        assert len(set(indices.tolist())) == k
+        assert np.array_equal(np.sort(row[indices]), np.sort(row)[n - k :])
 
 
 def record_lse(logits: torch.Tensor) -> torch.Tensor:
@@ -295,7 +307,9 @@ def test_a_certificate_costs_less_where_attention_is_sharp_and_bounds_are_tight(
     for loose in (0.1, 3.0, 12.0):
         scores, true = honest((1, 2, 200), 0, 5.0, loose)
         read.append(
-            Certified.of(0.05).plan(scores, 1, FORCED, no_tail(true), lambda c, true=true: chosen_lse(true, c)).records
+            Certified.of(0.05)
+            .plan(scores, 1, Forced(1, 4), no_tail(true), lambda c, true=true: chosen_lse(true, c))
+            .records
         )
     assert read[0] < read[1] < read[2]
     assert read[0] < 100

@@ -18,25 +18,33 @@ from kvdb.runtime import KVDBCache, attach
 from kvdb.tools.bench.setup import dense_cache, document_ids, median, real_model, temporary_store, write_result
 from kvdb.tools.models import LoadedModel
 
+LIMITS: list[dict[str, Any]] = [
+    *({"budget": share} for share in (0.05, 0.1, 0.2, 0.3)),
+    *({"threshold": share} for share in (0.01, 0.004)),
+    {"mass": 0.95},
+    {"exact": True},
+]
+
 
 def run(
     tokens: Annotated[int, typer.Option(help="context length")] = 7000,
     steps: Annotated[int, typer.Option(help="measured steps of each kind")] = 40,
     threads: Annotated[int, typer.Option(help="torch threads")] = 1,
 ) -> None:
-    """Median milliseconds per token for budgets 0.05 to 0.3 and exact, beside DynamicCache in the same loop."""
+    """Median milliseconds per token under each limit, beside DynamicCache in the same loop."""
     torch.set_num_threads(threads)
     loaded = real_model()
     ids = document_ids(loaded, tokens)
     rows: list[dict[str, Any]] = []
     with temporary_store() as db:
-        for budget in (0.05, 0.1, 0.2, 0.3, None):
-            options: dict[str, Any] = {"exact": True} if budget is None else {"budget": budget}
-            with attach(loaded.model, db, **options) as kv:
+        for limit in LIMITS:
+            with attach(loaded.model, db, **limit) as kv:
                 cache = kv.cache(ids)
-                rows.append({"budget": budget, **_paired(loaded, cache, ids, steps)})
+                row = _paired(loaded, cache, ids, steps)
+                rows.append({**limit, **row, "kv_share": cache.stats()["kv_bytes_read_share"]})
     table = Table(
-        "budget",
+        "limit",
+        "of KV",
         "KVDB ms",
         "DynamicCache ms",
         "no attention ms",
@@ -44,9 +52,14 @@ def run(
         title=f"decode at {tokens} tokens",
     )
     for row in rows:
-        name = "exact" if row["budget"] is None else f"{row['budget']:.0%}"
+        name = next(f"{key}={row[key]}" for key in ("budget", "threshold", "mass", "exact") if key in row)
         table.add_row(
-            name, f"{row['kvdb_ms']:.1f}", f"{row['dense_ms']:.1f}", f"{row['floor_ms']:.1f}", f"{row['speedup']:.2f}x"
+            name,
+            f"{row['kv_share']:.1%}",
+            f"{row['kvdb_ms']:.1f}",
+            f"{row['dense_ms']:.1f}",
+            f"{row['floor_ms']:.1f}",
+            f"{row['speedup']:.2f}x",
         )
     Console().print(table)
     write_result("decode", {"tokens": tokens, "steps": steps, "rows": rows})
