@@ -38,7 +38,7 @@ _NEVER: Final = -(2**30)
 @cache
 def rank() -> Callable[..., None]:
     """rank(corners, boxes, scales, runs, length, around, sure, out): see `of_open_boxes`."""
-    return compiled(_rank, _RANK, fastmath=_FAST)
+    return compiled(_rank, _RANK, fastmath=_FAST, nogil=True)
 
 
 def score(bits: int, group: int) -> Callable[..., None]:
@@ -49,7 +49,7 @@ def score(bits: int, group: int) -> Callable[..., None]:
 
 @cache
 def _compiled_score(bits: int, queries: int) -> Callable[..., None]:
-    return compiled(_score_of(bits, queries), _SCORE, fastmath=_FAST)
+    return compiled(_score_of(bits, queries), _SCORE, fastmath=_FAST, nogil=True)
 
 
 def _rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: Any, sure: float, out: Any) -> None:
