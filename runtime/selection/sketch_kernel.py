@@ -16,7 +16,7 @@ import numpy as np
 
 from kvdb.compiled import compiled
 from kvdb.runtime.selection.sketch_scores import REACH_UNIT
-from kvdb.runtime.selection.sketch_vectors import LANES, LINE, address, fetch, sixteen
+from kvdb.runtime.selection.sketch_vectors import LANES, LINE, address, fetch, products, sixteen
 
 _FAST: Final = {"reassoc", "contract", "nsz"}
 _RANK: Final = (
@@ -35,10 +35,14 @@ _NEVER: Final = -(2**30)
 """Below any sum there is: of a key that is not there."""
 
 
+def rank(group: int) -> Callable[..., None]:
+    """rank(corners, boxes, scales, runs, length, around, sure, out), for so many query heads to a KV head: see `of_open_boxes`."""
+    return _compiled_rank(min(group, _QUERIES))
+
+
 @cache
-def rank() -> Callable[..., None]:
-    """rank(corners, boxes, scales, runs, length, around, sure, out): see `of_open_boxes`."""
-    return compiled(_rank, _RANK, fastmath=_FAST, nogil=True)
+def _compiled_rank(queries: int) -> Callable[..., None]:
+    return compiled(_rank_of(queries), _RANK, fastmath=_FAST, nogil=True)
 
 
 def score(bits: int, group: int) -> Callable[..., None]:
@@ -52,39 +56,68 @@ def _compiled_score(bits: int, queries: int) -> Callable[..., None]:
     return compiled(_score_of(bits, queries), _SCORE, fastmath=_FAST, nogil=True)
 
 
-def _rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: Any, sure: float, out: Any) -> None:
-    heads, group, values = corners.shape
-    n = boxes.shape[1]
-    all_boxes = boxes.reshape(-1)
-    for head in range(heads):
-        closed = np.ones(around.shape[2], np.bool_)
-        shifts, known = np.zeros(group, np.float32), 0
-        for i in range(runs.shape[1]):
-            run = runs[head, i]
-            closed[run] = False
-            if i + 1 < runs.shape[1]:
-                ahead = (head * n + runs[head, i + 1] * length) * values
-                for at in range(0, length * values, LINE):
-                    fetch(address(all_boxes, ahead + at))
-            for row in range(run * length, min(n, (run + 1) * length)):
-                box, scale = boxes[head, row], scales[head, row]
-                if np.isinf(scale):
+def _rank_of(queries: int) -> Callable[..., None]:
+    """Closes over numbers only: what closes over another compiled function is compiled anew by each process."""
+
+    def rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: Any, sure: float, out: Any) -> None:
+        heads, group, values = corners.shape
+        n, steps = boxes.shape[1], values // (2 * LANES)
+        turns = (group + queries - 1) // queries
+        weights, units = np.zeros((turns * queries, values), np.int16), np.empty(group, np.float32)
+        whole = np.zeros((turns * queries, steps * 2 * LANES), np.int16)  # the part that is scored in vectors
+        dots = np.zeros(turns * queries, np.int32)
+        all_boxes, all_whole = boxes.reshape(-1), whole.reshape(-1)
+        most = min(32767, (2**31 - 1) // (128 * values))
+        for head in range(heads):
+            for g in range(group):
+                largest = np.float32(1e-30)
+                for d in range(values):
+                    largest = max(largest, abs(corners[head, g, d]))
+                units[g] = largest / np.float32(most)
+                for d in range(values):
+                    weights[g, d] = np.int16(np.floor(corners[head, g, d] / units[g] + np.float32(0.5)))
+                for d in range(steps * 2 * LANES):
+                    whole[g, d] = weights[g, d]
+            closed = np.ones(around.shape[2], np.bool_)
+            shifts, known = np.zeros(group, np.float32), 0
+            for i in range(runs.shape[1]):
+                run = runs[head, i]
+                closed[run] = False
+                if i + 1 < runs.shape[1]:
+                    ahead = (head * n + runs[head, i + 1] * length) * values
+                    for at in range(0, length * values, LINE):
+                        fetch(address(all_boxes, ahead + at))
+                for row in range(run * length, min(n, (run + 1) * length)):
+                    box, scale = boxes[head, row], scales[head, row]
+                    if np.isinf(scale):
+                        for g in range(group):
+                            out[head, g, row] = sure
+                        continue
+                    known += 1
+                    for turn in range(turns if steps else 0):
+                        first = turn * queries
+                        products(
+                            address(all_boxes, (head * n + row) * values),
+                            address(all_whole, first * steps * 2 * LANES),
+                            steps,
+                            address(dots, first),
+                            queries,
+                        )
                     for g in range(group):
-                        out[head, g, row] = sure
-                    continue
-                known += 1
-                for g in range(group):
-                    total = np.float32(0)
-                    for d in range(values):
-                        total += corners[head, g, d] * np.float32(box[d])
-                    out[head, g, row] = total * scale
-                    shifts[g] += total * scale - around[head, g, run]
-        for g in range(group):
-            shift = shifts[g] / np.float32(max(1, known))
-            for run in range(len(closed)):
-                if closed[run]:
-                    for row in range(run * length, min(n, (run + 1) * length)):
-                        out[head, g, row] = around[head, g, run] + shift
+                        dot = np.int64(dots[g])
+                        for d in range(steps * 2 * LANES, values):
+                            dot += np.int64(weights[g, d]) * np.int64(box[d])
+                        score = np.float32(dot) * (units[g] * scale)
+                        out[head, g, row] = score
+                        shifts[g] += score - around[head, g, run]
+            for g in range(group):
+                shift = shifts[g] / np.float32(max(1, known))
+                for run in range(len(closed)):
+                    if closed[run]:
+                        for row in range(run * length, min(n, (run + 1) * length)):
+                            out[head, g, row] = around[head, g, run] + shift
+
+    return rank
 
 
 @numba.njit(fastmath=_FAST)

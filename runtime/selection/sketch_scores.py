@@ -20,7 +20,7 @@ REACH_UNIT: Final = 256 / 32767
 
 
 def of_boxes(corners: Tensor, boxes: Tensor, scales: Tensor) -> Tensor:
-    """Sum of corners times lo and hi.
+    """Sum of corners times lo and hi, to within `boxes_off_by`.
 
     corners  (kv_heads, group, 2 * head_dim) float32
     boxes    (kv_heads, n, 2 * head_dim) int8; scales (kv_heads, n) float32
@@ -43,7 +43,7 @@ def of_open_boxes(corners: Tensor, boxes: Tensor, scales: Tensor, runs: Tensor, 
     if (loops := _compiled(corners)) is not None:
         out = corners.new_empty(heads, group, n)
         arrays = (t.numpy() for t in (corners, boxes, scales, runs))
-        loops.rank()(*arrays, length, around.numpy(), SURE, out.numpy())
+        loops.rank(group)(*arrays, length, around.numpy(), SURE, out.numpy())
         return out
     unknown = scales.isinf()[:, None]
     own = torch.bmm(corners, boxes.float().transpose(1, 2)) * scales[:, None].masked_fill(unknown, 0)
@@ -90,6 +90,13 @@ def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Te
 def off_by(q: Tensor, scales: Tensor) -> Tensor:
     """By how much `of_codes` may differ from exact arithmetic, beside float32's own rounding: (kv_heads, group, n)."""
     return q.shape[2] * (0.501 * REACH_UNIT) * q.abs().amax(-1, keepdim=True) * scales[:, None]
+
+
+def boxes_off_by(corners: Tensor, scales: Tensor) -> Tensor:
+    """By how much `of_boxes` may differ from exact arithmetic, beside float32's own rounding: (kv_heads, group, n)."""
+    values = corners.shape[2]
+    unit = corners.abs().amax(-1, keepdim=True) / min(32767, (2**31 - 1) // (128 * values))
+    return values * 127 * 0.501 * unit * scales[:, None]
 
 
 def _compiled(q: Tensor) -> ModuleType | None:

@@ -1,8 +1,9 @@
-"""One step of sketch scoring as vector instructions: the logits of sixteen keys straight from their packed codes.
+"""The inmost steps of sketch scoring as vector instructions: products with 8-bit boxes, and the logits of sixteen keys straight from
+their packed codes.
 
-Compilers make poor vectors of bits that lie in bytes. Here a lane of 32 bits stands for a key: the bytes of four elements are
+Both multiply 16-bit numbers in pairs and add at once, as processors can. Compilers make poor vectors of bits that lie in bytes. Here a lane of 32 bits stands for a key: the bytes of four elements are
 spread over all lanes, each lane shifts them by its own number, and what is left of each byte is that key's bit. Place numbers then
-meet 16-bit reaches in pairs, which processors multiply and add at once. The instructions are LLVM's own vectors of any
+meet 16-bit reaches. The instructions are LLVM's own vectors of any
 machine; where it has none so wide, it takes several.
 """
 
@@ -143,6 +144,55 @@ def _sixteen(
     return signature, codegen
 
 
+def _products(typingctx: Any, box: Any, weights: Any, steps: Any, out: Any, queries: Any) -> Any:
+    """out[query] = sum of box times weights.
+
+    box      int8 *: 2 * LANES * steps numbers
+    weights  int16 *: (queries, 2 * LANES * steps)
+    out      int32 *: (queries,)
+    queries  a constant to the compiler
+    """
+    queries_of = queries.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        box, weights, steps, out = args[:4]
+        bytes_of = ir.VectorType(ir.IntType(8), 2 * LANES)
+        entry, loop, end = b.block, b.append_basic_block("steps"), b.append_basic_block("end")
+        b.branch(loop)
+        b.position_at_end(loop)
+        step = b.phi(_I64)
+        step.add_incoming(_I64(0), entry)
+        sums = [b.phi(_VECTOR) for _ in range(queries_of)]
+        for total in sums:
+            total.add_incoming(_lanes([0] * LANES), entry)
+        at = b.mul(step, _I64(2 * LANES))
+        values = b.sext(b.load(b.bitcast(b.gep(box, [at]), bytes_of.as_pointer()), align=1), _PRODUCTS)
+        added = []
+        for query, total in enumerate(sums):
+            first = b.add(b.mul(b.mul(steps, _I64(2 * LANES)), _I64(query)), at)
+            own = b.load(b.bitcast(b.gep(weights, [first]), _PAIRS.as_pointer()), align=2)
+            products = b.mul(values, b.sext(own, _PRODUCTS))
+            even, odd = (b.shuffle_vector(products, products, _lanes(range(i, 2 * LANES, 2))) for i in (0, 1))
+            added.append(b.add(total, b.add(even, odd)))
+        following = b.add(step, _I64(1))
+        step.add_incoming(following, loop)
+        for phi, total in zip(sums, added, strict=True):
+            phi.add_incoming(total, loop)
+        b.cbranch(b.icmp_signed("<", following, steps), loop, end)
+        b.position_at_end(end)
+        for query, total in enumerate(added):
+            for half in (8, 4, 2, 1):
+                turned = b.shuffle_vector(total, total, _lanes((lane + half) % LANES for lane in range(LANES)))
+                total = b.add(total, turned)
+            b.store(b.extract_element(total, _I32(0)), b.gep(out, [_I64(query)]))
+        return context.get_dummy_value()
+
+    pointer = types.CPointer
+    signature = types.void(pointer(types.int8), pointer(types.int16), types.intp, pointer(types.int32), queries)
+    return signature, codegen
+
+
 address: Any = intrinsic(_address)
 fetch: Any = intrinsic(_fetch)
 sixteen: Any = intrinsic(prefer_literal=True)(_sixteen)
+products: Any = intrinsic(prefer_literal=True)(_products)

@@ -28,7 +28,7 @@ from kvdb.runtime.selection import (
     SketchSelector,
 )
 from kvdb.runtime.selection.sketch import RANGE, Sketches
-from kvdb.runtime.selection.sketch_scores import of_codes, of_open_boxes, off_by
+from kvdb.runtime.selection.sketch_scores import boxes_off_by, of_codes, of_open_boxes, off_by
 
 CT = 16
 WAYS: dict[str, Selector] = {
@@ -221,7 +221,8 @@ def test_compiled_scores_agree_with_torch(size: tuple[int, int, int, int], seed:
     known = resident[1].masked_fill(resident[1].isinf(), 0)
     allowed = off_by(q, known).gather(2, rows[:, None].expand(-1, q.shape[1], -1))
     assert ((compiled[0] - plain[0]).abs() <= allowed + rounding(keys, q)).all()
-    assert (compiled[1] - plain[1]).abs().max() <= rounding(keys, q)
+    ranked = boxes_off_by(corners, known).amax(-1, keepdim=True)  # closed runs are moved by a mean of such errors
+    assert ((compiled[1] - plain[1]).abs() <= ranked + rounding(keys, q)).all()
 
 
 def test_more_bits_are_nearer_to_the_truth_and_prove_more() -> None:

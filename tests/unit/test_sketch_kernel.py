@@ -11,7 +11,7 @@ from helpers import finish, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvdb.runtime.selection.sketch_scores import of_codes, off_by
+from kvdb.runtime.selection.sketch_scores import boxes_off_by, of_boxes, of_codes, off_by
 
 SCORE = """
 import numpy as np
@@ -61,6 +61,25 @@ def test_a_record_of_any_size_is_scored_as_in_numpy(
     logits[:, :, np.arange(place.shape[2]) >= tokens[:, None]] = -np.inf
     true = np.take_along_axis(np.logaddexp.reduce(logits, -1), rows[:, None], 2)
     allowed = np.take_along_axis(off_by(torch.from_numpy(q), torch.from_numpy(scales)).numpy(), rows[:, None], 2)
+    assert (abs(out.numpy() - true) <= allowed + 1e-5 * abs(true) + 1e-5).all()
+
+
+@settings(max_examples=30)
+@given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 6), st.sampled_from((4, 12, 16, 64, 80, 512)), st.integers(1, 9)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_box_of_any_size_is_scored_as_in_numpy(sizes: tuple[int, int, int, int], seed: int) -> None:
+    heads, chunks, dim, group = sizes
+    rng = np.random.default_rng(seed)
+    corners = rng.standard_normal((heads, group, 2 * dim)).astype(np.float32)
+    if seed % 2:
+        corners[:] = np.sign(corners)  # with boxes at their ends, sums as large as they can be
+    boxes = rng.choice(np.array([-127, 127, 3], np.int8), (heads, chunks, 2 * dim))
+    scales = rng.uniform(0.001, 0.03, (heads, chunks)).astype(np.float32)
+    out = of_boxes(*(torch.from_numpy(a) for a in (corners, boxes, scales)))
+    true = np.einsum("hgd,hnd->hgn", corners.astype(float), boxes) * scales[:, None]
+    allowed = boxes_off_by(torch.from_numpy(corners), torch.from_numpy(scales)).numpy()
     assert (abs(out.numpy() - true) <= allowed + 1e-5 * abs(true) + 1e-5).all()
 
 
