@@ -6,7 +6,10 @@ to load what was kept tenths of one.
 
 from __future__ import annotations
 
+import inspect
+import zlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numba
@@ -25,3 +28,11 @@ def compiled(function: Callable[..., Any], signature: str, **options: Any) -> Ca
     except Exception:  # numba has no error of its own for such folders; what is wrong with the function is raised again
         made = numba.njit(signature, **options)(function)
     return made
+
+
+def stamp(*modules: ModuleType) -> int:
+    """A digest of modules whose constants and functions end up in a compiled function of another one, for that to close over and use.
+
+    numba keeps code by the file a function is in and the numbers it closes over; a change in other files would go unseen.
+    """
+    return zlib.crc32("".join(inspect.getsource(module) for module in modules).encode())

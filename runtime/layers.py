@@ -234,7 +234,7 @@ class FullLayer(_FixedShape, DynamicLayer):
         cache, index = self.stored.cache, self.stored.index
         assert cache.rule is not None
         query = q.squeeze(2) * scale
-        exact_query = query.float()
+        exact_query = query.detach().float()
         parts: list[tuple[Tensor, Tensor]] = []
 
         def read(chunks: Tensor) -> Tensor:

@@ -26,10 +26,11 @@ from torch import Tensor
 from kvdb.errors import InvalidInput, Unsupported
 from kvdb.runtime.selection.base import Forced, Scores, Selector
 from kvdb.runtime.selection.largest import largest
+from kvdb.runtime.selection.shares import UNKNOWN_SHARE, shares
 
 DEFAULT_SHARE, DEFAULT_TOKENS = 0.1, 2048
-ROUNDING = 1e-3
-"""What float32 may shift a log-sum-exp that is used in a proof, in nats; far above what was ever seen."""
+ROUNDING, RELATIVE_ROUNDING = 1e-3, 2.0**-20
+"""What float32 may shift a log-sum-exp that is used in a proof: nats, and a share of it. Several times what was ever seen."""
 
 
 class Plan(NamedTuple):
@@ -132,7 +133,7 @@ class Budget(StopRule):
     def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
         """Never fewer than the forced ones."""
         heads, _, chunks = scores.lse.shape
-        edges = forced.sink + forced.recent
+        edges = min(chunks, forced.sink + forced.recent)
         free = max(0, min(take, chunks) - edges)
         chosen = _edges(heads, chunks, free, forced, scores.lse.device).clone()
         if free:
@@ -153,21 +154,21 @@ class Threshold(StopRule):
 
     @classmethod
     def of(cls, threshold: float) -> Threshold:
-        return cls(_open_unit("threshold", threshold))
+        return cls(_open_unit("threshold", threshold, 0.004))
 
     @property
     def fidelity(self) -> str:
         return f"threshold={self.share:g}"
 
     def look_at(self, chunks: int, chunk_tokens: int) -> int:
-        return max(
-            1, min(chunks - 1, math.ceil(0.25 / self.share))
-        )  # heads differ; few come near the most there can be
+        if self.share * (chunks - 1) <= 0.25:
+            return max(1, chunks - 1)
+        return math.ceil(0.25 / self.share)  # heads differ; few come near the most there can be
 
     def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
-        shares = _shares(scores.lse, tail_lse)[..., :-1].mean(1)
-        order, edges = _best_first(shares, forced)
-        counts = (shares.gather(1, order[:, edges:]) >= self.share).sum(-1) + edges
+        each = _shares(scores.lse, tail_lse)[..., :-1].mean(1)
+        order, edges = _best_first(each, forced)
+        counts = (each.gather(1, order[:, edges:]) >= self.share).sum(-1) + edges
         return Plan(order[:, : int(counts.max())], counts, edges)
 
 
@@ -179,7 +180,7 @@ class Mass(StopRule):
 
     @classmethod
     def of(cls, mass: float) -> Mass:
-        return cls(_open_unit("mass", mass))
+        return cls(_open_unit("mass", mass, 0.95))
 
     @property
     def fidelity(self) -> str:
@@ -191,9 +192,10 @@ class Mass(StopRule):
         )  # more is needed where attention is flat; then what is not looked at closely is near its mean
 
     def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
-        shares = _shares(scores.lse, tail_lse).mean(1)
-        order, edges = _best_first(shares[:, :-1], forced)
-        reached = shares[:, -1:] + shares.gather(1, order).cumsum(-1)
+        each = _shares(scores.lse, tail_lse).mean(1)
+        order, edges = _best_first(each[:, :-1], forced)
+        gained = each.gather(1, order)
+        reached = each[:, -1:] + gained.masked_fill(gained >= UNKNOWN_SHARE, 0).cumsum(-1)
         counts = ((reached < self.share).sum(-1) + 1).clamp(edges, order.shape[1])
         return Plan(order[:, : int(counts.max())], counts, edges)
 
@@ -210,7 +212,7 @@ class Certified(StopRule):
 
     @classmethod
     def of(cls, epsilon: float) -> Certified:
-        return cls(_open_unit("certified", epsilon))
+        return cls(_open_unit("certified", epsilon, 0.05))
 
     @property
     def fidelity(self) -> str:
@@ -223,7 +225,7 @@ class Certified(StopRule):
         if not selector.proves:
             raise Unsupported(
                 f"certified={self.epsilon:g}: selector {selector.name!r} proves no bounds, expected one that does, such as 'box' or "
-                "'sketch'; choose another, or a budget or a mass"
+                "'sketch'; choose another, or another rule"
             )
 
     def score(self, selector: Selector, q: Tensor, resident: tuple[Tensor, ...], take: int) -> Scores:
@@ -234,13 +236,13 @@ class Certified(StopRule):
         heads, group, chunks = scores.lse.shape
         order, edges = _best_first(_shares(scores.lse, tail_lse)[..., :-1].mean(1), forced)
         spread = order[:, None].expand(-1, group, -1)
-        ceiling = (scores.ceiling + ROUNDING).gather(2, spread)
+        ceiling = _moved(scores.ceiling, 1).gather(2, spread)
         beyond = _suffix_lse(ceiling)  # [kv_heads, group, chunks + 1]: bound of all from a place on
         lse = scores.lse.new_empty(heads, group, 0)
         count = edges
         while True:
             lse = torch.cat((lse, read(order[:, lse.shape[2] : count])), -1)
-            have = torch.logaddexp(torch.logsumexp(lse, -1), tail_lse) - ROUNDING
+            have = _moved(torch.logaddexp(torch.logsumexp(lse, -1), tail_lse), -1)
             unread = torch.sigmoid(
                 beyond - have[..., None]
             )  # were the rest from a place on unread, given what is read now
@@ -250,24 +252,29 @@ class Certified(StopRule):
             count = min(chunks, max(count + 1, count + (needed - count + 1) // 2))
 
 
-def _open_unit(where: str, value: float) -> float:
+def _open_unit(where: str, value: float, example: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
-        raise InvalidInput(f"{where}: {value!r}, expected a share between 0 and 1 such as 0.95")
+        raise InvalidInput(f"{where}: {value!r}, expected a share between 0 and 1 such as {example}")
     return float(value)
 
 
+def _moved(lse: Tensor, sign: int) -> Tensor:
+    """Up or down, by more than rounding."""
+    return lse + sign * (ROUNDING + RELATIVE_ROUNDING * lse.abs())
+
+
 def _shares(lse: Tensor, tail_lse: Tensor) -> Tensor:
-    """Estimated shares of attention mass, (kv_heads, group, chunks + 1): of each record and, last, of the newest tokens."""
-    return torch.softmax(torch.cat((lse, tail_lse[..., None]), -1), -1)
+    """Of each record and, last, of the newest tokens: (kv_heads, group, chunks + 1)."""
+    return shares(torch.cat((lse, tail_lse[..., None]), -1))
 
 
-def _best_first(shares: Tensor, forced: Forced) -> tuple[Tensor, int]:
-    """All chunks per KV head: the forced ones, then by their shares (kv_heads, chunks); and how many are forced."""
-    chunks = shares.shape[1]
+def _best_first(each: Tensor, forced: Forced) -> tuple[Tensor, int]:
+    """All chunks per KV head: the forced ones, then by `each` one's share (kv_heads, chunks); and how many are forced."""
+    chunks = each.shape[1]
     edges = min(chunks, forced.sink + forced.recent)
-    ranked = shares.clone()
+    ranked = each.nan_to_num(nan=0.0)
     ranked[:, : forced.sink] = math.inf
-    ranked[:, chunks - forced.recent :] = math.inf
+    ranked[:, max(0, chunks - forced.recent) :] = math.inf
     return torch.sort(ranked, dim=-1, descending=True, stable=True).indices, edges
 
 
@@ -281,5 +288,6 @@ def _suffix_lse(values: Tensor) -> Tensor:
 def _edges(heads: int, chunks: int, free: int, forced: Forced, device: torch.device) -> Tensor:
     """A plan with sink and recent window filled in: the same for every layer of a step."""
     edge = torch.arange(chunks, device=device)
-    parts = [edge[: forced.sink], edge[chunks - forced.recent :], edge.new_zeros(free)]
+    recent = edge[max(forced.sink, chunks - forced.recent) :]
+    parts = [edge[: forced.sink], recent, edge.new_zeros(free)]
     return torch.cat(parts).repeat(heads, 1)

@@ -27,6 +27,7 @@ from kvdb.errors import InvalidInput
 from kvdb.geometry import div_ceil
 from kvdb.runtime.selection.base import SURE, Array, Resident, Scores, Selector
 from kvdb.runtime.selection.largest import largest
+from kvdb.runtime.selection.shares import shares
 from kvdb.runtime.selection.sketch_scores import of_boxes, of_codes, of_open_boxes, off_by
 
 RANGE: Final = 8
@@ -75,10 +76,10 @@ class SketchSelector(Selector):
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= BITS:
             raise InvalidInput(f"selector 'sketch': bits is {self.bits}, expected 1..{BITS}")
-        if not self.beta >= 0 or not self.margin > 0 or not 0 < self.opened <= 1:
+        if not self.beta >= 0 or not self.margin > 0 or not self.least >= 1 or not 0 < self.opened <= 1:
             raise InvalidInput(
-                f"selector 'sketch': beta {self.beta}, margin {self.margin}, opened {self.opened}, expected beta at least 0, a "
-                "margin above 0 and a share to open, 0 < opened <= 1"
+                f"selector 'sketch': beta {self.beta}, margin {self.margin}, least {self.least}, opened {self.opened}, expected beta at "
+                "least 0, a margin above 0, at least 1 record and a share to open, 0 < opened <= 1"
             )
 
     @property
@@ -107,10 +108,12 @@ class SketchSelector(Selector):
         if close == chunks:
             return self._all(q, kept, ceilings)
         coarse, scored, read = self._coarse(q, kept, close)
-        best = largest(torch.softmax(coarse, -1).sum(1), close)  # [kv_heads, close]
+        best = largest(shares(coarse).sum(1), close)  # [kv_heads, close]
         index = best[:, None].expand(-1, q.shape[1], -1)
         lse = of_codes(q, kept[:4], best, self.bits)
-        weak = (lse <= lse.mean(-1, keepdim=True)).float()
+        known = lse < SURE
+        mean = (lse * known).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp_min(1)
+        weak = (lse <= torch.maximum(mean, lse.amin(-1, keepdim=True))).float()  # a mean may be rounded below all
         shift = ((lse - coarse.gather(2, index)) * weak).sum(-1, keepdim=True) / weak.sum(-1, keepdim=True)
         read += best.numel() * kept.codes[0, 0].nbytes
         return Scores(coarse.add_(shift).scatter_(2, index, lse), None, scored + heads * close, read)
@@ -126,7 +129,7 @@ class SketchSelector(Selector):
             radius = (box[..., dim:] - box[..., :dim]) / 2
             slack = torch.bmm(q.abs(), radius.transpose(1, 2)) * kept.scales[:, None] * (_CELL_SLACK / 2**self.bits)
             slack += off_by(q, kept.scales)
-            ceiling = lse + slack.masked_fill(kept.scales[:, None].isinf(), SURE)
+            ceiling = (lse + slack).masked_fill(kept.scales[:, None].isinf(), math.inf)
         return Scores(lse, ceiling, heads * chunks, sum(t.nbytes for t in kept[:4]))
 
     def _coarse(self, q: Tensor, kept: Sketches, close: int) -> tuple[Tensor, int, int]:
@@ -140,7 +143,7 @@ class SketchSelector(Selector):
         if opened >= ranges:
             return of_boxes(weights, *kept[:2]), heads * chunks, heads * chunks * box_bytes
         around = of_boxes(weights, *kept[4:])
-        best = largest(torch.softmax(around, -1).sum(1), opened).sort().values  # in the order of memory
+        best = largest(shares(around).sum(1), opened).sort().values  # in the order of memory
         scored = heads * (ranges + opened * RANGE)
         coarse = of_open_boxes(weights, *kept[:2], best, RANGE, around)
         return coarse, scored, scored * box_bytes

@@ -14,8 +14,9 @@ from typing import Any, Final
 import numba
 import numpy as np
 
-from kvdb.compiled import compiled
-from kvdb.runtime.selection.sketch_scores import REACH_UNIT
+from kvdb.compiled import compiled, stamp
+from kvdb.runtime.selection import sketch_scores, sketch_vectors
+from kvdb.runtime.selection.sketch_scores import LEAST_QUERY, REACH_UNIT
 from kvdb.runtime.selection.sketch_vectors import LANES, LINE, address, fetch, products, sixteen
 
 _FAST: Final = {"reassoc", "contract", "nsz"}
@@ -35,6 +36,10 @@ _NEVER: Final = -(2**30)
 """Below any sum there is: of a key that is not there."""
 
 
+def _made_of() -> int:
+    return stamp(sketch_vectors, sketch_scores)
+
+
 def rank(group: int) -> Callable[..., None]:
     """rank(corners, boxes, scales, runs, length, around, sure, out), for so many query heads to a KV head: see `of_open_boxes`."""
     return _compiled_rank(min(group, _QUERIES))
@@ -42,7 +47,7 @@ def rank(group: int) -> Callable[..., None]:
 
 @cache
 def _compiled_rank(queries: int) -> Callable[..., None]:
-    return compiled(_rank_of(queries), _RANK, fastmath=_FAST, nogil=True)
+    return compiled(_rank_of(queries, _made_of()), _RANK, fastmath=_FAST, nogil=True)
 
 
 def score(bits: int, group: int) -> Callable[..., None]:
@@ -53,14 +58,16 @@ def score(bits: int, group: int) -> Callable[..., None]:
 
 @cache
 def _compiled_score(bits: int, queries: int) -> Callable[..., None]:
-    return compiled(_score_of(bits, queries), _SCORE, fastmath=_FAST, nogil=True)
+    return compiled(_score_of(bits, queries, _made_of()), _SCORE, fastmath=_FAST, nogil=True)
 
 
-def _rank_of(queries: int) -> Callable[..., None]:
-    """Closes over numbers only: what closes over another compiled function is compiled anew by each process."""
+def _rank_of(queries: int, made_of: int) -> Callable[..., None]:
+    """Closes over numbers only: what closes over another compiled function is compiled anew by each process. made_of: see `stamp`."""
 
     def rank(corners: Any, boxes: Any, scales: Any, runs: Any, length: int, around: Any, sure: float, out: Any) -> None:
         heads, group, values = corners.shape
+        if made_of < 0:
+            return
         n, steps = boxes.shape[1], values // (2 * LANES)
         turns = (group + queries - 1) // queries
         weights, units = np.zeros((turns * queries, values), np.int16), np.empty(group, np.float32)
@@ -70,7 +77,7 @@ def _rank_of(queries: int) -> Callable[..., None]:
         most = min(32767, (2**31 - 1) // (128 * values))
         for head in range(heads):
             for g in range(group):
-                largest = np.float32(1e-30)
+                largest = np.float32(LEAST_QUERY)
                 for d in range(values):
                     largest = max(largest, abs(corners[head, g, d]))
                 units[g] = largest / np.float32(most)
@@ -93,7 +100,7 @@ def _rank_of(queries: int) -> Callable[..., None]:
                         for g in range(group):
                             out[head, g, row] = sure
                         continue
-                    known += 1
+                    known += 1 if around[head, 0, run] < sure else 0
                     for turn in range(turns if steps else 0):
                         first = turn * queries
                         products(
@@ -109,7 +116,7 @@ def _rank_of(queries: int) -> Callable[..., None]:
                             dot += np.int64(weights[g, d]) * np.int64(box[d])
                         score = np.float32(dot) * (units[g] * scale)
                         out[head, g, row] = score
-                        shifts[g] += score - around[head, g, run]
+                        shifts[g] += score - around[head, g, run] if around[head, g, run] < sure else np.float32(0)
             for g in range(group):
                 shift = shifts[g] / np.float32(max(1, known))
                 for run in range(len(closed)):
@@ -135,13 +142,15 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
     return m * f + np.float32(1), np.int32(n)
 
 
-def _score_of(bits: int, queries: int) -> Callable[..., None]:
-    """Closes over numbers only: what closes over another compiled function is compiled anew by each process."""
+def _score_of(bits: int, queries: int, made_of: int) -> Callable[..., None]:
+    """Closes over numbers only: what closes over another compiled function is compiled anew by each process. made_of: see `stamp`."""
 
     def score(
         q: Any, boxes: Any, scales: Any, codes: Any, tokens: Any, rows: Any, sure: float, tops: Any, sums: Any
     ) -> None:
         heads, group, dim = q.shape
+        if made_of < 0:
+            return
         chunks, quads = boxes.shape[1], dim // 4
         row_bytes = codes.shape[3]
         eights = row_bytes // dim
@@ -157,7 +166,7 @@ def _score_of(bits: int, queries: int) -> Callable[..., None]:
         quarters = all_reach.view(np.uint64)
         for head in range(heads):
             for g in range(group):
-                largest = np.float32(1e-30)
+                largest = np.float32(LEAST_QUERY)
                 for d in range(dim):
                     largest = max(largest, abs(q[head, g, d]))
                 units[g] = largest * np.float32(REACH_UNIT)
@@ -212,6 +221,8 @@ def _score_of(bits: int, queries: int) -> Callable[..., None]:
                         power, exponent = _exp_parts((np.float32(mine[t]) - best) * unit)
                         powers[t] = power
                         exponents[t] += exponent << np.int32(23)
+                    for t in range(count, lanes):
+                        powers[t] = 0
                     total, low = np.float32(0), np.float32(0)
                     for t in range(lanes):
                         total += powers[t]

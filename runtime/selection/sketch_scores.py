@@ -13,8 +13,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kvdb.errors import InvalidInput
 from kvdb.runtime.selection.base import SURE
 
+LEAST_QUERY: Final = 1e-30
+"""Compiled loops take a query's largest element to be at least this."""
+_WIDEST: Final = 2048
+"""Times 2^4 places of 2^15 units each is 2^30."""
 REACH_UNIT: Final = 256 / 32767
 """Of a query's largest element: compiled loops round its product with the width of a box, which is 254 or less, to such units."""
 
@@ -50,7 +55,7 @@ def of_open_boxes(corners: Tensor, boxes: Tensor, scales: Tensor, runs: Tensor, 
     closed = torch.ones(heads, around.shape[2], dtype=torch.bool, device=boxes.device).scatter(1, runs, False)
     closed = closed.repeat_interleave(length, 1)[:, None, :n]
     around = around.repeat_interleave(length, 2)[..., :n]
-    both = ~(closed | unknown)
+    both = ~(closed | unknown | (around == SURE))
     shift = ((own - around) * both).sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp_min(1)
     return torch.where(closed, around + shift, own.masked_fill(unknown, SURE))
 
@@ -62,8 +67,11 @@ def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Te
     records  boxes, scales, codes, tokens as `SketchSelector.prepare` makes them
     rows     (kv_heads, n) int64
     returns  (kv_heads, group, n) float32
+    raises   InvalidInput for records of other planes
     """
     heads, n, dim = *rows.shape, q.shape[2]
+    if records[2].shape[2] != bits:
+        raise InvalidInput(f"sketch: codes of {records[2].shape[2]} planes, expected {bits}, as many as are scored")
     if (loops := _compiled(q)) is not None:
         tops, sums = q.new_empty(2, heads, q.shape[1], n)
         arrays = (t.numpy() for t in (q.contiguous(), *records, rows.contiguous()))
@@ -89,19 +97,20 @@ def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Te
 
 def off_by(q: Tensor, scales: Tensor) -> Tensor:
     """By how much `of_codes` may differ from exact arithmetic, beside float32's own rounding: (kv_heads, group, n)."""
-    return q.shape[2] * (0.501 * REACH_UNIT) * q.abs().amax(-1, keepdim=True) * scales[:, None]
+    return q.shape[2] * (0.501 * REACH_UNIT) * q.abs().amax(-1, keepdim=True).clamp_min(LEAST_QUERY) * scales[:, None]
 
 
 def boxes_off_by(corners: Tensor, scales: Tensor) -> Tensor:
     """By how much `of_boxes` may differ from exact arithmetic, beside float32's own rounding: (kv_heads, group, n)."""
     values = corners.shape[2]
-    unit = corners.abs().amax(-1, keepdim=True) / min(32767, (2**31 - 1) // (128 * values))
+    unit = corners.abs().amax(-1, keepdim=True).clamp_min(LEAST_QUERY) / min(32767, (2**31 - 1) // (128 * values))
     return values * 127 * 0.501 * unit * scales[:, None]
 
 
 def _compiled(q: Tensor) -> ModuleType | None:
-    """The compiled loops where they can be used: on CPU, for head dimensions in fours, where numba can be imported."""
-    return _loops() if q.device.type == "cpu" and q.shape[2] % 4 == 0 else None
+    """The compiled loops where they can be used: on CPU, for head dimensions in fours whose sums fit into 32 bits, where numba can be
+    imported."""
+    return _loops() if q.device.type == "cpu" and q.shape[2] % 4 == 0 and q.shape[2] <= _WIDEST else None
 
 
 @cache

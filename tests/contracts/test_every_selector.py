@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdb.abstracts import ABSTRACTS
-from kvdb.errors import Unsupported
+from kvdb.errors import InvalidInput, Unsupported
 from kvdb.runtime.selection import (
     SELECTORS,
     BoxSelector,
@@ -244,7 +244,7 @@ def test_more_bits_are_nearer_to_the_truth_and_prove_more() -> None:
 def test_a_cascade_finds_what_looking_at_everything_finds_for_a_part_of_the_reads() -> None:
     keys, q = keys_and_query((2, 3, 400, 64), 0)
     keys += 3 * keys[:, :, :1]  # as in a text: tokens that stand together are alike
-    whole, part = SketchSelector(margin=math.inf), SketchSelector(margin=4.0, least=0)
+    whole, part = SketchSelector(margin=math.inf), SketchSelector(margin=4.0, least=1)
     resident = resident_of(whole, keys)
     everything, some = whole.score(q, resident, 20), part.score(q, resident, 20)
     best = torch.softmax(everything.lse, -1).sum(1).topk(20).indices
@@ -257,7 +257,7 @@ def test_a_cascade_finds_what_looking_at_everything_finds_for_a_part_of_the_read
 @given(chunks=st.integers(20, 90), seed=seeds, opened=st.floats(0.1, 1))
 def test_a_pyramid_scores_what_it_opens_as_no_pyramid_does(chunks: int, seed: int, opened: float) -> None:
     keys, q = keys_and_query((2, 3, chunks, 8), seed)
-    flat, pyramid = SketchSelector(margin=1, least=0), SketchSelector(margin=1, least=0, opened=opened)
+    flat, pyramid = SketchSelector(margin=1, least=1), SketchSelector(margin=1, least=1, opened=opened)
     resident = Sketches(*resident_of(pyramid, keys))
     coarse, scored, read = flat._coarse(q, Sketches(*resident_of(flat, keys)), 2)
     some, fewer, less = pyramid._coarse(q, resident, 2)
@@ -297,7 +297,7 @@ def test_what_a_sketch_does_not_know_is_read() -> None:
     keys, q = keys_and_query((1, 2, 8, 64), 0)
     keys[0, 5, 3, 7] = np.inf
     for margin, opened in ((1.0, 1.0), (math.inf, 1.0), (1.0, 0.5)):
-        selector = SketchSelector(margin=margin, least=0, opened=opened)
+        selector = SketchSelector(margin=margin, least=1, opened=opened)
         assert (selector.score(q, resident_of(selector, keys), 2).lse.argmax(-1) == 5).all()
 
 
@@ -306,3 +306,35 @@ def test_with_a_small_beta_the_box_score_is_no_bound() -> None:
     keys, q = keys_and_query((1, 1, 1, 64), 0)
     score = BoxSelector(beta=0.0).score(q, resident_of(BoxSelector(), keys), 1).lse.item()
     assert true_lse(keys, q).item() > score + rounding(keys, q)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-8, 1.0])
+def test_a_query_that_sees_no_difference_gets_scores_all_the_same(size: float) -> None:
+    """The mean of equal numbers may be rounded below all of them."""
+    keys, q = keys_and_query((1, 2, 700, 8), 0)
+    q[:, 1] *= size
+    for margin in (40.0, 50.0, 60.0):
+        selector = SketchSelector(margin=margin, least=1)
+        assert torch.isfinite(selector.score(q, resident_of(selector, keys), 10).lse).all()
+
+
+def test_a_hole_leaves_the_scores_of_other_ranges_where_they_are() -> None:
+    keys, q = keys_and_query((1, 2, 400, 8), 0)
+    selector = SketchSelector(margin=1, least=1, opened=0.3)
+    before = selector.score(q, resident_of(selector, keys), 10).lse
+    keys[0, 100, 2, 3] = np.nan
+    after = selector.score(q, resident_of(selector, keys), 10).lse
+    assert (before.median(-1).values - after.median(-1).values).abs().max() < 1
+
+
+def test_codes_of_other_planes_are_refused() -> None:
+    keys, q = keys_and_query((1, 1, 4, 8), 0)
+    resident = resident_of(SketchSelector(bits=1), keys)
+    with pytest.raises(InvalidInput, match="codes of 1 planes, expected 4"):
+        SketchSelector(bits=4).score(q, resident, 1)
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 5}, {"margin": 0}, {"least": 0}, {"opened": 0.0}, {"beta": -1.0}])
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InvalidInput, match=f"selector 'sketch': .*{next(iter(wrong))}"):
+        SketchSelector(**wrong)  # type: ignore[arg-type]

@@ -60,6 +60,14 @@ def test_every_selector_serves_every_rule_or_refuses_it_at_once(
     assert names == {selector}
 
 
+def test_a_loop_that_keeps_gradients_decodes_as_one_that_does_not(db: KVDB) -> None:
+    model, ids = tiny("llama"), prompt(TOKENS)
+    with attach(model, db, budget=0.2) as kv:
+        expected = logits(model, kv.cache(ids), ids)
+        found = model(input_ids=ids[:, -1:], past_key_values=kv.cache(ids)).logits[0, -1].double()
+    assert torch.equal(found.detach(), expected)
+
+
 def test_more_mass_and_less_doubt_cost_more_reads(db: KVDB) -> None:
     model, ids = tiny("llama"), prompt(TOKENS)
     shares = []

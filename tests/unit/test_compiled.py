@@ -68,6 +68,29 @@ def test_damaged_files_are_done_without(place: Path, suffix: str, left: int) -> 
     assert call(place, place / "kept") == 0
 
 
+def test_what_another_module_adds_is_compiled_anew_when_that_changes(place: Path) -> None:
+    (place / "many.py").write_text("TIMES = 2\n")
+    (place / "loop.py").write_text(
+        """
+import many
+from kvdb.compiled import stamp
+
+def made(made_of):
+    def times(values, out):
+        if made_of < 0:
+            return
+        for i in range(len(values)):
+            out[i] = many.TIMES * values[i]
+    return times
+
+double = made(stamp(many))
+"""
+    )
+    assert [call(place, place / "kept") for _ in range(2)] == [0, 1]
+    (place / "many.py").write_text("TIMES = 4 // 2\n")
+    assert call(place, place / "kept") == 0
+
+
 def test_what_is_wrong_with_a_function_is_said(place: Path) -> None:
     from kvdb.compiled import compiled
 

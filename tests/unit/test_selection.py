@@ -29,6 +29,7 @@ from kvdb.runtime.selection import (
     Threshold,
     covered_mass,
 )
+from kvdb.runtime.selection.base import SURE
 from kvdb.runtime.selection.largest import largest
 
 FORCED = Forced.of(16)
@@ -270,6 +271,48 @@ def test_a_threshold_reads_every_record_above_it_and_none_below(
     for head, read in enumerate(chosen.read(shape[2]).numpy()):
         assert (shares[head][read] >= share * (1 - slack)).all()
         assert (shares[head][~read] < share * (1 + slack)).all()
+
+
+# -- what must be read, whatever the rule
+
+
+@pytest.mark.parametrize(
+    "rule", [Budget.of(0.5), Threshold.of(0.2), Mass.of(0.5), Certified.of(0.5)], ids=lambda r: r.fidelity
+)
+@pytest.mark.parametrize("unknown", [[7], [0], [3, 11, 12, 39], [*range(5, 20)]], ids=len)
+def test_records_of_which_nothing_is_known_are_read_and_the_others_as_if_they_were_not_there(
+    rule: StopRule, unknown: list[int]
+) -> None:
+    lse = torch.full((1, 2, 40), -8.0)
+    lse[..., 25:28] = 5.0
+    without = rule.plan(scored(lse, lse + 0.1), 20, FORCED, torch.zeros(1, 2), lambda chunks: chosen_lse(lse, chunks))
+    lse[..., unknown] = SURE
+    ceiling = (lse + 0.1).masked_fill(lse == SURE, math.inf)
+    chosen = rule.plan(
+        scored(lse, ceiling), 20, FORCED, torch.zeros(1, 2), lambda chunks: chosen_lse(-lse.abs(), chunks)
+    )
+    assert chosen.read(40)[0, unknown].all()
+    assert set(chosen.chunks[0, : chosen.forced].tolist()) == {0, 39}
+    if rule != Budget.of(0.5) or len(unknown) < 10:
+        assert (chosen.read(40) >= without.read(40)).all() or isinstance(rule, Budget | Certified)
+
+
+@pytest.mark.parametrize(
+    "rule", [Budget.of(0.5), Threshold.of(0.2), Mass.of(0.5), Certified.of(0.5)], ids=lambda r: r.fidelity
+)
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_a_history_shorter_than_what_is_forced_is_read_once(rule: StopRule, chunks: int) -> None:
+    lse = torch.zeros(2, 2, chunks)
+    chosen = rule.plan(scored(lse, lse), chunks, Forced(2, 2), torch.zeros(2, 2), lambda at: chosen_lse(lse, at))
+    assert chosen.chunks.sort(-1).values.tolist() == [[*range(chunks)]] * 2
+    assert chosen.forced == chunks
+
+
+def test_a_threshold_that_is_next_to_nothing_reads_everything() -> None:
+    rule = Threshold.of(1e-310)
+    assert rule.look_at(500, 16) == 499
+    lse = scores_of((1, 2, 40), 0)
+    assert rule.plan(scored(lse), 39, FORCED, torch.zeros(1, 2), unread).records == 40
 
 
 # -- a certificate

@@ -36,14 +36,15 @@ def test_another_process_compiles_nothing_again(tmp_path: Path) -> None:
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 6), st.sampled_from((4, 12, 64, 80)), st.integers(1, 9)),
     chunk_tokens=st.integers(1, 40),
     bits=st.integers(1, 4),
+    magnitude=st.sampled_from((1.0, 1e-4, 1e-35)),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_record_of_any_size_is_scored_as_in_numpy(
-    sizes: tuple[int, int, int, int], chunk_tokens: int, bits: int, seed: int
+    sizes: tuple[int, int, int, int], chunk_tokens: int, bits: int, magnitude: float, seed: int
 ) -> None:
     heads, chunks, dim, group = sizes
     rng = np.random.default_rng(seed)
-    q = rng.standard_normal((heads, group, dim)).astype(np.float32)
+    q = (magnitude * rng.standard_normal((heads, group, dim))).astype(np.float32)
     lo, hi = np.sort(rng.integers(-127, 128, (2, heads, chunks, dim)).astype(np.int8), 0)
     scales = rng.uniform(0.001, 0.03, (heads, chunks)).astype(np.float32)
     eights = -(-chunk_tokens // 8)

@@ -31,8 +31,8 @@ REAL_TOKENS = 4096
 SELECTORS: dict[str, Selector] = {
     "box": BoxSelector(),
     "sketch": SketchSelector(),
-    "sketch, 6 times": SketchSelector(least=0),
-    "sketch, ranges": SketchSelector(least=0, opened=0.4),
+    "sketch, 6 times": SketchSelector(least=1),
+    "sketch, ranges": SketchSelector(least=1, opened=0.4),
     "sketch, all codes": SketchSelector(margin=math.inf),
 }
 
