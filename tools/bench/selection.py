@@ -4,9 +4,9 @@
     python -m kvdb.tools.bench.selection --tokens 131072 --budget 2048 --shape 32x8x4x128 --selector sketch
 
 Keys are real ones, repeated to the length asked for; queries are real as well. Another model's shape is put together from the same
-heads, side by side. All selectors take turns, step by step. A
-sketch scores all boxes, and looks at the codes of a few records; it is shown opening only 40 % of the ranges, and looking at
-all codes, too.
+heads, side by side. All selectors take turns, step by step. A sketch
+looks at the codes of 1 024 records of a KV head, or of six times as many as are read, chosen by all boxes; it is shown with the latter
+alone, with 40 % of the ranges opened, and looking at all codes, too.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def run(
             f"{r['tokens']:,}", r["selector"], f"{r['ms']:.1f}", f"{r['ratio']:.2f}", f"{r['resident_mib']:.1f}", f"{r['ranges']:,}"
         )  # fmt: skip
     Console().print(table)
-    write_result("selection", {"budget": budget, "steps": steps, "shape": shape, "rows": rows})
+    write_result(
+        f"selection-{shape}" if shape else "selection", {"budget": budget, "steps": steps, "shape": shape, "rows": rows}
+    )
 
 
 def _real() -> tuple[list[Tensor], list[Tensor]]:
