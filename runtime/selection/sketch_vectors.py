@@ -9,6 +9,7 @@ machine; where it has none so wide, it takes several.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from llvmlite import ir
@@ -35,6 +36,32 @@ def _splat(b: Any, value: Any) -> Any:
     """A 32-bit number in every lane."""
     nothing = ir.Constant(_VECTOR, ir.Undefined)
     return b.shuffle_vector(b.insert_element(nothing, value, _I32(0)), nothing, _lanes([0] * LANES))
+
+
+def _pairs_added(b: Any, total: Any, left: Any, right: Any) -> Any:
+    """total + left * right, neighbours added: numbers of 16 bits that are given in 32."""
+    products = b.mul(left, right)
+    even, odd = (b.shuffle_vector(products, products, _lanes(range(i, 2 * LANES, 2))) for i in (0, 1))
+    return b.add(total, b.add(even, odd))
+
+
+def _summed(b: Any, count: Any, queries: int, step: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """Sums of every query after a loop of `count` steps, at least one. step(number, sums) -> sums"""
+    entry, loop, end = b.block, b.append_basic_block("loop"), b.append_basic_block("end")
+    b.branch(loop)
+    b.position_at_end(loop)
+    number = b.phi(_I64)
+    number.add_incoming(_I64(0), entry)
+    sums = [b.phi(_VECTOR) for _ in range(queries)]
+    added = step(number, sums)
+    following = b.add(number, _I64(1))
+    number.add_incoming(following, loop)
+    for phi, total in zip(sums, added, strict=True):
+        phi.add_incoming(_lanes([0] * LANES), entry)
+        phi.add_incoming(total, loop)
+    b.cbranch(b.icmp_signed("<", following, count), loop, end)
+    b.position_at_end(end)
+    return added
 
 
 def _address(typingctx: Any, array: Any, index: Any) -> Any:
@@ -87,44 +114,32 @@ def _sixteen(
         planes, stride, second, reach, quads, out, apart = args[:7]
         word = _I32.as_pointer()
         reach_words = b.bitcast(reach, word)
-        entry, loop, end = b.block, b.append_basic_block("quads"), b.append_basic_block("end")
-        b.branch(loop)
-        b.position_at_end(loop)
-        quad = b.phi(_I64)
-        quad.add_incoming(_I64(0), entry)
-        sums = [b.phi(_VECTOR) for _ in range(queries_of)]
-        for total in sums:
-            total.add_incoming(_lanes([0] * LANES), entry)
 
-        def plane_bits(plane: int) -> Any:
+        def plane_bits(plane: int, quad: Any) -> Any:
             """Bit of each key in each of four elements, a byte each."""
             first = b.gep(planes, [b.add(b.mul(stride, _I64(plane)), b.mul(quad, _I64(4)))])
             low, high = (_splat(b, b.load(b.bitcast(at, word), align=1)) for at in (first, b.gep(first, [second])))
             both = b.shuffle_vector(low, high, _lanes([*range(8), *range(LANES + 8, 2 * LANES)]))
             return b.and_(b.lshr(both, _lanes(lane % 8 for lane in range(LANES))), _lanes([0x01010101] * LANES))
 
-        places = plane_bits(0)
-        for plane in range(1, planes_of):
-            places = b.or_(b.shl(places, _lanes([1] * LANES)), plane_bits(plane))
-        halves = [
-            b.bitcast(b.and_(shifted, _lanes([0x00FF00FF] * LANES)), _PAIRS)
-            for shifted in (places, b.lshr(places, _lanes([8] * LANES)))
-        ]
-        added = []
-        for query, total in enumerate(sums):
-            for half, keys in enumerate(halves):
-                at = b.add(b.mul(b.add(b.mul(quads, _I64(query)), quad), _I64(2)), _I64(half))
-                pair = b.bitcast(_splat(b, b.load(b.gep(reach_words, [at]), align=4)), _PAIRS)
-                products = b.mul(b.sext(keys, _PRODUCTS), b.sext(pair, _PRODUCTS))
-                even, odd = (b.shuffle_vector(products, products, _lanes(range(i, 2 * LANES, 2))) for i in (0, 1))
-                total = b.add(total, b.add(even, odd))
-            added.append(total)
-        following = b.add(quad, _I64(1))
-        quad.add_incoming(following, loop)
-        for phi, total in zip(sums, added, strict=True):
-            phi.add_incoming(total, loop)
-        b.cbranch(b.icmp_signed("<", following, quads), loop, end)
-        b.position_at_end(end)
+        def step(quad: Any, sums: list[Any]) -> list[Any]:
+            places = plane_bits(0, quad)
+            for plane in range(1, planes_of):
+                places = b.or_(b.shl(places, _lanes([1] * LANES)), plane_bits(plane, quad))
+            halves = [
+                b.sext(b.bitcast(b.and_(shifted, _lanes([0x00FF00FF] * LANES)), _PAIRS), _PRODUCTS)
+                for shifted in (places, b.lshr(places, _lanes([8] * LANES)))
+            ]
+            added = []
+            for query, total in enumerate(sums):
+                for half, keys in enumerate(halves):
+                    at = b.add(b.mul(b.add(b.mul(quads, _I64(query)), quad), _I64(2)), _I64(half))
+                    pair = b.bitcast(_splat(b, b.load(b.gep(reach_words, [at]), align=4)), _PAIRS)
+                    total = _pairs_added(b, total, keys, b.sext(pair, _PRODUCTS))
+                added.append(total)
+            return added
+
+        added = _summed(b, quads, queries_of, step)
         for query, total in enumerate(added):
             b.store(total, b.bitcast(b.gep(out, [b.mul(apart, _I64(query))]), _VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
@@ -157,29 +172,18 @@ def _products(typingctx: Any, box: Any, weights: Any, steps: Any, out: Any, quer
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         box, weights, steps, out = args[:4]
         bytes_of = ir.VectorType(ir.IntType(8), 2 * LANES)
-        entry, loop, end = b.block, b.append_basic_block("steps"), b.append_basic_block("end")
-        b.branch(loop)
-        b.position_at_end(loop)
-        step = b.phi(_I64)
-        step.add_incoming(_I64(0), entry)
-        sums = [b.phi(_VECTOR) for _ in range(queries_of)]
-        for total in sums:
-            total.add_incoming(_lanes([0] * LANES), entry)
-        at = b.mul(step, _I64(2 * LANES))
-        values = b.sext(b.load(b.bitcast(b.gep(box, [at]), bytes_of.as_pointer()), align=1), _PRODUCTS)
-        added = []
-        for query, total in enumerate(sums):
-            first = b.add(b.mul(b.mul(steps, _I64(2 * LANES)), _I64(query)), at)
-            own = b.load(b.bitcast(b.gep(weights, [first]), _PAIRS.as_pointer()), align=2)
-            products = b.mul(values, b.sext(own, _PRODUCTS))
-            even, odd = (b.shuffle_vector(products, products, _lanes(range(i, 2 * LANES, 2))) for i in (0, 1))
-            added.append(b.add(total, b.add(even, odd)))
-        following = b.add(step, _I64(1))
-        step.add_incoming(following, loop)
-        for phi, total in zip(sums, added, strict=True):
-            phi.add_incoming(total, loop)
-        b.cbranch(b.icmp_signed("<", following, steps), loop, end)
-        b.position_at_end(end)
+
+        def step(number: Any, sums: list[Any]) -> list[Any]:
+            at = b.mul(number, _I64(2 * LANES))
+            values = b.sext(b.load(b.bitcast(b.gep(box, [at]), bytes_of.as_pointer()), align=1), _PRODUCTS)
+            added = []
+            for query, total in enumerate(sums):
+                first = b.add(b.mul(b.mul(steps, _I64(2 * LANES)), _I64(query)), at)
+                own = b.load(b.bitcast(b.gep(weights, [first]), _PAIRS.as_pointer()), align=2)
+                added.append(_pairs_added(b, total, values, b.sext(own, _PRODUCTS)))
+            return added
+
+        added = _summed(b, steps, queries_of, step)
         for query, total in enumerate(added):
             for half in (8, 4, 2, 1):
                 turned = b.shuffle_vector(total, total, _lanes((lane + half) % LANES for lane in range(LANES)))
