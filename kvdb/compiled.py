@@ -33,6 +33,7 @@ def compiled(function: Callable[..., Any], signature: str, **options: Any) -> Ca
 def stamp(*modules: ModuleType) -> int:
     """A digest of modules whose constants and functions end up in a compiled function of another one, for that to close over and use.
 
-    numba keeps code by the file a function is in and the numbers it closes over; a change in other files would go unseen.
+    numba keeps code by the file a function is in and the numbers it closes over, if it uses them; a change in other files would go
+    unseen. A digest is never negative, so a function that returns where it is uses it and is otherwise as it was.
     """
     return zlib.crc32("".join(inspect.getsource(module) for module in modules).encode())

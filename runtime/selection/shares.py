@@ -20,6 +20,5 @@ def shares(lse: Tensor) -> Tensor:
         return torch.softmax(lse, -1)
     unknown = lse >= SURE
     known = torch.softmax(lse.masked_fill(unknown, -math.inf), -1)
-    return known.nan_to_num(nan=0.0).masked_fill(
-        unknown, UNKNOWN_SHARE
-    )  # where all are unknown, nothing is left to share
+    known = known.nan_to_num(nan=0.0)  # where all are unknown, nothing is left to share
+    return known.masked_fill(unknown, UNKNOWN_SHARE)
