@@ -20,6 +20,7 @@ import numpy as np
 import kvdb
 from kvdb import EXACT, KVDB, Geometry, Identity, LayerGroup, Span
 from kvdb.abstracts import ABSTRACTS
+from kvdb.abstracts.centroid import NOBODY, unpack
 from kvdb.geometry import as_float32, div_ceil, from_float32
 from kvdb.options import Mode
 from kvdb.reader import Reader
@@ -184,8 +185,33 @@ def assert_abstracts_follow(reader: Reader, segment: Segment) -> None:
         padded[:, :, :tokens] = exact
         keys, values = padded.reshape(2, heads, info.chunks, geometry.chunk_tokens, dim)
         for name in info.abstracts:
-            expected = ABSTRACTS[name].build(keys, tokens, geometry.dtype, values)
-            assert np.array_equal(reader.stored_abstract(segment, name, layer), expected)
+            found = reader.stored_abstract(segment, name, layer)
+            if ABSTRACTS[name].of_blocks:
+                assert_clusters_follow(found[0], exact)
+            else:
+                assert np.array_equal(found, ABSTRACTS[name].build(keys, tokens, geometry.dtype, values))
+
+
+def assert_clusters_follow(rows: Array, exact: Array) -> None:
+    """Every cluster, of which no member is missing, has the means of its members; and every token is in one, unless a merge cut it off.
+
+    rows   of `centroid`, (chunks, kv_heads, row_bytes)
+    exact  keys, then values, (2, kv_heads, tokens, head_dim) float32
+    """
+    _, heads, tokens, dim = exact.shape
+    clusters, named = unpack(rows, dim), np.zeros((heads, tokens), bool)
+    for chunk, head in np.ndindex(rows.shape[:2]):
+        members = clusters.members[chunk, head]
+        places = members[members != NOBODY].astype(np.int64) + chunk * len(members)
+        inside = places[(places >= 0) & (places < tokens)]
+        named[head, inside] = True
+        if len(inside) < len(places) or not len(places):
+            continue
+        for vectors, mean, scale in zip(exact[:, head], clusters[::2], clusters[1::2], strict=False):
+            true = vectors[inside].astype(np.float64).mean(0)
+            off = np.abs(mean[chunk, head] * np.float64(scale[chunk, head]) - true).max()
+            assert off <= np.abs(true).max() * (0.5 / 127 + 1e-5)
+    assert named.mean() > 0.5
 
 
 def assert_reads_back(db: KVDB, tokens: Array, spans: tuple[Span, ...]) -> None:

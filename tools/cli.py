@@ -145,8 +145,8 @@ def ask(
         str | None,
         typer.Option(
             metavar="NAME[:SETTING=VALUE,...]",
-            help="By what is chosen: sketch, box, mean, centroid or another package's, with settings as in sketch:bits=4.",
-            show_default="sketch",
+            help="By what is chosen: centroid, sketch, box, mean or another package's, with settings as in sketch:bits=4.",
+            show_default="centroid",
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 200,
@@ -388,7 +388,7 @@ def eval_(
         list[str] | None,
         typer.Option(
             metavar="NAME[:SETTING=VALUE,...]",
-            help="box, sketch, mean, centroid, oracle or another package's, with settings as in box:beta=1; may be repeated.",
+            help="centroid, sketch, box, mean, oracle or another package's, with settings as in box:beta=1; may be repeated.",
             show_default="all of ours",
         ),
     ] = None,

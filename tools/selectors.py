@@ -1,4 +1,4 @@
-"""Selectors on the command line, by name and with other settings: `box`, `sketch:bits=4`, `centroid:estimated=0.5`."""
+"""Selectors on the command line, by name and with other settings: `box`, `sketch:bits=4`."""
 
 from __future__ import annotations
 

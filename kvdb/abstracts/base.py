@@ -42,6 +42,9 @@ class Abstract(ABC):
     """Contiguous pieces of a layer. Who reads the first n of them has a coarser abstract."""
     of_values: ClassVar[bool] = False
     """Whether it summarises values beside keys."""
+    of_blocks: ClassVar[bool] = False
+    """Whether a record's row follows from the other records that are built with it, too. Such a row must make sense where
+    rows beside it are missing, or were built with others."""
 
     @abstractmethod
     def row_bytes(self, chunk_tokens: int, head_dim: int, itemsize: int) -> int:
@@ -53,7 +56,8 @@ class Abstract(ABC):
 
     @abstractmethod
     def build(self, keys: Array, tokens: int, dtype: str, values: Array | None = None) -> Array:
-        """Summarise records. Modifies nothing; a record's rows follow from its own keys and values alone.
+        """Summarise records. Modifies nothing; a record's rows follow from its own keys and values alone, but for abstracts
+        `of_blocks`.
 
         keys     (kv_heads, chunks, chunk_tokens, head_dim) float32, after RoPE; only the first `tokens` tokens count,
                  the rest of the last chunk is padding

@@ -13,8 +13,8 @@ from kvdb.runtime.selection.rules import Budget, Certified, Mass, Plan, StopRule
 from kvdb.runtime.selection.sketch import SketchSelector
 from kvdb.runtime.selection.table import SelectorTable
 
-SELECTORS: Final = SelectorTable((SketchSelector, BoxSelector, MeanSelector, CentroidSelector))
-DEFAULT_SELECTOR: Final = SketchSelector.name
+SELECTORS: Final = SelectorTable((CentroidSelector, SketchSelector, BoxSelector, MeanSelector))
+DEFAULT_SELECTOR: Final = CentroidSelector.name
 
 __all__ = [
     "DEFAULT_SELECTOR", "DENSE_BELOW", "SELECTORS", "BoxSelector", "Budget", "CentroidSelector", "Certified", "Estimate", "Forced", "Mass",

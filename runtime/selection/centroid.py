@@ -1,69 +1,104 @@
-"""Selection by the mean of a record's keys, and an estimate of what is not read: RetroInfer's estimation zone.
+"""Selection by sketches, and an estimate of what is not read, by clusters of keys: RetroInfer's estimation zone.
 
-The best of the records that are left unread enter attention as one token each: the mean key, the mean value, the weight of all
-its tokens. The others are ignored. By Jensen's inequality a record never weighs more than in truth.
-source: RetroInfer, arXiv 2505.02922 (1.8 % of clusters are read, the next 23.2 % are estimated).
+Records are chosen as `sketch` chooses them. The tokens that stay unread enter attention too, a cluster at a time: the mean key
+and the mean value of the cluster, with the weight of those of its tokens that are unread. By Jensen's inequality a cluster rarely
+weighs more than in truth, where all of its tokens are unread never.
+source: RetroInfer, arXiv 2505.02922 (some clusters are read, the next ones estimated; here what is read are records).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvdb.errors import InvalidInput
-from kvdb.runtime.selection.base import SURE, Array, Estimate, Resident, Scores, Selector
-from kvdb.runtime.selection.mean import ranked, score_means
+from kvdb.abstracts.centroid import NOBODY, unpack
+from kvdb.runtime.selection.base import Array, Estimate, Resident, Scores
+from kvdb.runtime.selection.centroid_sums import of_unread
+from kvdb.runtime.selection.sketch import Sketches, SketchSelector
+from kvdb.runtime.selection.sketch_scores import of_boxes
 
 if TYPE_CHECKING:
     from kvdb.runtime.selection.rules import Plan
 
 
-@dataclass(frozen=True, slots=True)
-class CentroidSelector(Selector):
-    """estimated  records to estimate for each KV head, as a share of all it has; 0: none, 1: all that are unread
+class Clusters(NamedTuple):
+    """Clusters in memory, as many as records.
 
-    raises  InvalidInput for anything that is no share
+    keys, values              (kv_heads, chunks, head_dim) int8: mean = scale * these
+    key_scales, value_scales  (kv_heads, chunks) float32
+    owners                    (kv_heads, chunks, chunk_tokens) int32: the cluster of each token; -1: none
+    sizes                     (kv_heads, chunks) int32: tokens of each cluster
     """
 
-    name: ClassVar[str] = "centroid"
-    chunk_axes: ClassVar[tuple[int, ...]] = (2, 1, 1)
-    proves: ClassVar[bool] = False
-    estimated: float = 0.232
+    keys: Tensor
+    key_scales: Tensor
+    values: Tensor
+    value_scales: Tensor
+    owners: Tensor
+    sizes: Tensor
 
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.estimated <= 1.0:
-            raise InvalidInput(f"selector 'centroid': estimated is {self.estimated}, expected a share between 0 and 1")
+
+_SKETCHES = len(Sketches._fields)
+
+
+@dataclass(frozen=True, slots=True)
+class CentroidSelector(SketchSelector):
+    """As `SketchSelector`, whose settings it has."""
+
+    name: ClassVar[str] = "centroid"
 
     @property
     def abstracts(self) -> dict[str, int | None]:
-        return {"centroid": None}
+        return {"sketch": 1 + self.bits, "centroid": None}
 
     def prepare(self, stored: Mapping[str, Array], chunk_tokens: int, head_dim: int) -> Resident:
-        """As `MeanSelector.prepare`, and the means of values (kv_heads, chunks, head_dim) float32."""
-        keys, values = torch.from_numpy(stored["centroid"]).transpose(1, 2)  # [kv_heads, chunks, head_dim] twice
-        known = keys.isfinite().all(-1) & values.isfinite().all(-1)
-        return *ranked(keys.mT, chunk_tokens, known), values.masked_fill(~known[..., None], 0).contiguous()
+        """`Sketches`, then `Clusters`, in one tuple."""
+        found = unpack(stored["centroid"][0], head_dim)
+        keys, key_scales, values, value_scales, members = (part.swapaxes(0, 1).copy(order="C") for part in found)
+        heads, chunks, _ = members.shape
+        tokens = chunks * chunk_tokens
+        owners = np.full((heads, tokens), -1, np.int32)
+        places = members + chunk_tokens * np.arange(chunks)[:, None]
+        there = (members != NOBODY) & (places >= 0) & (places < tokens)
+        head, cluster, _ = np.nonzero(there)
+        owners[head, places[there]] = cluster
+        clusters = (
+            keys,
+            key_scales,
+            values,
+            value_scales,
+            owners.reshape(heads, chunks, chunk_tokens),
+            _sizes(owners, chunks),
+        )
+        return *SketchSelector.prepare(self, stored, chunk_tokens, head_dim), *(
+            torch.from_numpy(part) for part in clusters
+        )
+
+    def join(self, parts: list[Resident]) -> Resident:
+        clusters = [Clusters(*part[_SKETCHES:]) for part in parts]
+        firsts = np.cumsum([0, *(each.keys.shape[1] for each in clusters[:-1])])
+        moved = [
+            each._replace(owners=torch.where(each.owners < 0, each.owners, each.owners + int(first)))
+            for each, first in zip(clusters, firsts, strict=True)
+        ]
+        joined = SketchSelector.join(self, [part[:_SKETCHES] for part in parts])
+        return *joined, *(torch.cat(same, 1) for same in zip(*moved, strict=True))
 
     def score(self, q: Tensor, resident: Resident, take: int, *, ceilings: bool = False) -> Scores:
-        means, log_tokens, _ = resident
-        return score_means(self.name, q, means, log_tokens, ceilings=ceilings)
+        return SketchSelector.score(self, q, resident[:_SKETCHES], take, ceilings=ceilings)
 
     def estimate(self, q: Tensor, resident: Resident, scores: Scores, plan: Plan) -> Estimate | None:
-        _, log_tokens, values = resident
-        _, group, chunks = scores.lse.shape
-        unknown = log_tokens == SURE  # [kv_heads, chunks]
-        without = plan.read(chunks) | unknown
-        count = min(math.ceil(self.estimated * chunks), int((~without).sum(1).max()))
-        if count == 0:
-            return None
-        shares = torch.softmax(scores.lse.masked_fill(unknown[:, None], -math.inf), -1).sum(1)
-        best = torch.topk(shares.masked_fill(without, -1), count, sorted=False).indices  # [kv_heads, count]
-        lse = scores.lse.masked_fill(without[:, None], -math.inf).gather(2, best[:, None].expand(-1, group, -1))
-        weights = torch.softmax(lse, -1).nan_to_num(0)  # where a KV head has nothing to estimate, all are -inf
-        chosen = values.gather(1, best[..., None].expand(-1, -1, values.shape[2]))
-        return Estimate(torch.bmm(weights, chosen), torch.logsumexp(lse, -1), chosen.nbytes)
+        kept = Clusters(*resident[_SKETCHES:])
+        logits = of_boxes(q, kept.keys, kept.key_scales)
+        found = of_unread(logits, kept.owners, kept.sizes, plan.chunks, plan.counts, kept.values, kept.value_scales)
+        return None if found is None else Estimate(*found, sum(part.nbytes for part in kept[:4]))
+
+
+def _sizes(owners: Array, chunks: int) -> Array:
+    """Tokens of each cluster, (kv_heads, chunks) int32."""
+    return np.stack([np.bincount(row[row >= 0], minlength=chunks) for row in owners]).astype(np.int32)

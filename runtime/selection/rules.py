@@ -58,7 +58,7 @@ class Plan(NamedTuple):
         taken = self.chunks.new_ones(heads, n, dtype=torch.bool)
         if self.counts is not None:
             taken = torch.arange(n, device=self.chunks.device) < self.counts[:, None]
-        return torch.zeros_like(taken[:, :1]).repeat(1, chunks).scatter_(1, self.chunks, taken)
+        return taken.new_zeros(heads, chunks).scatter_(1, self.chunks, taken)
 
 
 Read = Callable[[Tensor], Tensor]

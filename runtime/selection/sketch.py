@@ -86,14 +86,15 @@ class SketchSelector(Selector):
     def abstracts(self) -> dict[str, int | None]:
         return {"sketch": 1 + self.bits}
 
-    def prepare(self, stored: Mapping[str, Array], chunk_tokens: int, head_dim: int) -> Sketches:
+    def prepare(self, stored: Mapping[str, Array], chunk_tokens: int, head_dim: int) -> Resident:
+        """`Sketches`."""
         planes = stored["sketch"]  # [1 + bits, chunks, kv_heads, row_bytes]
         box, scale = corners(planes[0], head_dim)
         codes = planes[1:, :, :, : div_ceil(chunk_tokens, 8) * head_dim].transpose(2, 1, 0, 3)
         parts = (box.swapaxes(0, 1), scale.swapaxes(0, 1), codes, np.full(planes.shape[1], chunk_tokens, np.int32))
         return self._with_ranges(*(torch.from_numpy(part.copy(order="C")) for part in parts))
 
-    def join(self, parts: list[Resident]) -> Sketches:
+    def join(self, parts: list[Resident]) -> Resident:
         boxes, scales, codes, tokens, *_ = zip(*parts, strict=True)
         return self._with_ranges(torch.cat(boxes, 1), torch.cat(scales, 1), torch.cat(codes, 1), torch.cat(tokens))
 

@@ -1,13 +1,14 @@
 """Every abstract, as a segment keeps it: what `build` made is what readers get, plane by plane, wherever the segment goes.
 
 A segment here has all abstracts of the table side by side, layers of two shapes and chunk slots that are reserved and never
-used. The oracle is `build` itself, over the keys of a whole layer at once.
+used. The oracle is `build` itself, over the keys of a whole layer at once, or of each append for abstracts `of_blocks`.
 """
 
 from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,25 +70,34 @@ def place(tmp_path: Path) -> Place:
     return Place(root, segment)
 
 
-def built(abstract: Abstract, tokens: Array, layer: int) -> Array:
-    """The stored bytes of a layer's abstract, (planes, chunks, kv_heads, row_bytes)."""
+def built(abstract: Abstract, tokens: Array, layer: int, starts: tuple[int, ...] = (0, 32)) -> Array:
+    """The stored bytes of a layer's abstract, (planes, chunks, kv_heads, row_bytes), of runs that were appended from `starts` on, each
+    up to the end of the chunk the next one starts in."""
     both = as_float32(np.stack(model_kv(TWO_GROUPS, tokens, 0, len(tokens), salt="exact")[layer]), DTYPE)
     _, heads, count, dim = both.shape
     chunks = TWO_GROUPS.chunks(count)
     padded = np.zeros((2, heads, chunks * 16, dim), np.float32)
     padded[:, :, :count] = both
     keys, values = padded.reshape(2, heads, chunks, 16, dim)
-    return abstract.build(keys, count, DTYPE, values)
+    if not abstract.of_blocks:
+        return abstract.build(keys, count, DTYPE, values)
+    rows = []
+    for start, after in pairwise((*starts, count)):
+        run, kept = slice(start // 16, -(-after // 16)), -(-after // 16) if after == count else after // 16
+        rows.append(
+            abstract.build(keys[:, run], after - start // 16 * 16, DTYPE, values[:, run])[:, : kept - start // 16]
+        )
+    return np.concatenate(rows, 1)
 
 
 def dim_of(layer: int) -> int:
     return TWO_GROUPS.groups[TWO_GROUPS.locate(layer)[0]].head_dim
 
 
-def assert_all_are(reader: Reader, segment: Segment, tokens: Array) -> None:
+def assert_all_are(reader: Reader, segment: Segment, tokens: Array, starts: tuple[int, ...] = (0, 32)) -> None:
     for name, abstract in ABSTRACTS.items():
         for layer in TWO_GROUPS.layers:
-            expected = built(abstract, tokens, layer)
+            expected = built(abstract, tokens, layer, starts)
             assert np.array_equal(reader.stored_abstract(segment, name, layer), expected)
             for planes in range(1, abstract.planes + 1):
                 assert np.array_equal(reader.stored_abstract(segment, name, layer, planes), expected[:planes])
@@ -107,7 +117,7 @@ def test_a_reader_gets_the_first_planes_as_they_were_built(place: Place, kind: t
 def test_an_abstract_can_be_read_before_its_segment_is_sealed(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as db:
         writer, reader = write_segment(db, TOKENS, geometry=TWO_GROUPS, abstracts=ALL), db.reader()
-        assert_all_are(reader, writer.segment, TOKENS)
+        assert_all_are(reader, writer.segment, TOKENS, (0,))
         reader.close()
         writer.discard()
 
@@ -217,7 +227,7 @@ def test_compaction_carries_abstracts_over_and_builds_none(
         assert_reads_back(db, tokens[:stop], spans)
         (segment,) = db.segments(spans)
         reader = db.reader()
-        assert_all_are(reader, segment, tokens[:stop])
+        assert_all_are(reader, segment, tokens[:stop], tuple(range(0, stop, turn)))
         reader.close()
 
 
@@ -293,6 +303,6 @@ def test_a_writer_that_gives_up_layers_that_are_ahead_seals_their_abstracts(tmp_
         writer.keep(32)
         segment, reader = db.commit(writer, TOKENS[:32]).segment, db.reader()
         db.put_sequence(segment, 32)
-        assert_all_are(reader, segment, TOKENS[:32])
+        assert_all_are(reader, segment, TOKENS[:32], (0, 16))
         reader.close()
         assert_healthy(db)

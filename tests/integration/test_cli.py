@@ -137,11 +137,11 @@ def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(tiny: Path, document: 
 def test_a_selector_of_choice_answers_and_its_abstract_is_stored(tiny: Path, document: Path, tmp_path: Path) -> None:
     store = tmp_path / "a.kvdb"
     job = ("--document", document, "--model", tiny, "--max-new-tokens", 5, "--threads", 1)
-    code, _, err = here("ask", store, "Who jumps?", *job, "--selector", "centroid:estimated=0.5")
+    code, _, err = here("ask", store, "Who jumps?", *job, "--selector", "box:beta=1")
     assert code == 0, err
     with opened(store, "r") as db:
         (sequence,) = db.sequences()
-        assert {segment.info.abstracts for segment in db.segments(sequence.spans)} == {("centroid",)}
+        assert {segment.info.abstracts for segment in db.segments(sequence.spans)} == {("box",)}
 
 
 def test_two_processes_may_ask_at_once(tiny: Path, document: Path, tmp_path: Path) -> None:
@@ -250,9 +250,9 @@ def bad_input(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
         "budget nan": (ask(new, "--budget", "nan"), "--budget nan: expected a share"),
         "budget text": (ask(new, "--budget", "lots"), "--budget lots: expected a share"),
         "budget 1.5": (ask(new, "--budget", "1.5"), "--budget 1.5: expected a share"),
-        "selector": (ask(new, "--selector", "bag"), "--selector bag: no selector 'bag', expected one of sketch, box, mean"),
+        "selector": (ask(new, "--selector", "bag"), "--selector bag: no selector 'bag', expected one of centroid, sketch, box, mean"),
         "setting": (ask(new, "--selector", "sketch:bits=x"), "--selector sketch:bits=x: bits is 'x', expected a number"),
-        "share": (ask(new, "--selector", "centroid:estimated=2"), "estimated is 2.0, expected a share between 0 and 1"),
+        "bits": (ask(new, "--selector", "centroid:bits=7"), "bits is 7, expected 1..4"),
         "no proof": (ask(new, "--selector", "mean", "--certified", "0.1"), "selector 'mean' proves no bounds, expected"),
         "empty question": (ask(new, question=" "), "question: empty, expected some text"),
         "empty document": (ask(new, document=empty), f"document {empty}: empty (2 bytes), expected some text"),

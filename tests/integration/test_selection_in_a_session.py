@@ -57,7 +57,7 @@ def test_every_selector_serves_every_rule_or_refuses_it_at_once(
         kv.save(cache, name="answered")
         assert db.sequence("answered").fidelity == kv.rule.fidelity  # type: ignore[union-attr]
     names = {name for s in db.segments(db.sequence("answered").spans) for name in s.info.abstracts}
-    assert names == {selector}
+    assert names == set(SELECTORS[selector]().abstracts)
 
 
 def test_a_loop_that_keeps_gradients_decodes_as_one_that_does_not(db: KVDB) -> None:
@@ -97,7 +97,8 @@ def test_a_tight_certificate_gives_the_dense_answer(db: KVDB, selector: str) -> 
     ("stored", "asked"), [("box", "sketch"), ("sketch", "box"), ("box", "centroid"), ("centroid", "mean")]
 )
 def test_an_abstract_that_is_not_stored_is_made_from_the_keys(tmp_path: Path, stored: str, asked: str) -> None:
-    model, ids = tiny("llama"), prompt(TOKENS)
+    tokens = TOKENS // 16 * 16  # clusters of a started chunk are of others, too
+    model, ids = tiny("llama"), prompt(tokens + 1)
     found = []
     for name, first in (("as asked", asked), ("another", stored)):
         with opened(tmp_path / name) as db:
@@ -105,7 +106,7 @@ def test_an_abstract_that_is_not_stored_is_made_from_the_keys(tmp_path: Path, st
                 kv.cache(ids)
             with attach(model, db, budget=0.2, selector=asked) as kv:
                 cache = kv.cache(ids)
-                assert cache.metrics.reused_tokens == TOKENS - 1
+                assert cache.metrics.reused_tokens == tokens
                 found.append(logits(model, cache, ids))
     assert torch.equal(*found)
 
@@ -113,7 +114,7 @@ def test_an_abstract_that_is_not_stored_is_made_from_the_keys(tmp_path: Path, st
 def test_a_selector_may_be_given_with_its_settings(db: KVDB) -> None:
     model, ids = tiny("llama"), prompt(TOKENS)
     found = {}
-    for selector in ("centroid", CentroidSelector(), CentroidSelector(estimated=0.0)):
+    for selector in ("centroid", CentroidSelector(), CentroidSelector(bits=1, margin=1, least=1)):
         with attach(model, db, budget=0.2, selector=selector) as kv:
             found[str(selector)] = logits(model, kv.cache(ids), ids)
     by_name, same, other = found.values()

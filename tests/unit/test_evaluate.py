@@ -125,7 +125,7 @@ def test_a_selector_is_named_with_its_settings() -> None:
     assert parse_selector("box") == BoxSelector()
     assert parse_selector("box:beta=1") == BoxSelector(beta=1.0)
     assert parse_selector("sketch:bits=4,margin=inf") == SketchSelector(bits=4, margin=math.inf)
-    assert parse_selector("centroid:estimated=0.5") == CentroidSelector(estimated=0.5)
+    assert parse_selector("centroid:bits=2") == CentroidSelector(bits=2)
     assert {parse_selector(name, JUDGED).name for name in JUDGED} == set(JUDGED)
 
 
@@ -136,7 +136,7 @@ WRONG = [
     "sketch:bits=2.5",
     "oracle:beta=1",
     "mean:beta=1",
-    "centroid:estimated=1.5",
+    "centroid:bits=5",
     "",
 ]
 
@@ -148,7 +148,7 @@ def test_an_unknown_selector_or_setting_is_refused_with_what_there_is(wrong: str
 
 
 def test_only_the_judge_has_the_oracle() -> None:
-    with pytest.raises(InvalidInput, match="no selector 'oracle', expected one of sketch, box, mean, centroid"):
+    with pytest.raises(InvalidInput, match="no selector 'oracle', expected one of centroid, sketch, box, mean"):
         parse_selector("oracle")
 
 

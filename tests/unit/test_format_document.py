@@ -278,28 +278,56 @@ def test_the_sketch_read_by_the_document_holds_the_keys(tmp_path: Path) -> None:
             assert (own <= lo * scale + width * ((u[: len(own)] + 1) / 16 + 2**-20)).all()
 
 
-@pytest.mark.parametrize("abstract", ["mean", "centroid"])
-def test_the_means_read_by_the_document_are_those_of_keys_and_values(tmp_path: Path, abstract: str) -> None:
+def test_the_means_read_by_the_document_are_those_of_keys(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as db:
-        writer = write_segment(db, TOKENS[:50], geometry=TWO_GROUPS, spare=2, abstracts=(abstract,))
+        writer = write_segment(db, TOKENS[:50], geometry=TWO_GROUPS, spare=2, abstracts=("mean",))
         db.put_sequence(db.commit(writer, TOKENS[:50]).segment, 50)
     ((segment, entry),) = table(tmp_path / "s", "segments").items()
-    info, planes = entry["info"], {"mean": 1, "centroid": 2}[abstract]
+    info = entry["info"]
     for group, g in enumerate(info["geometry"]["groups"]):
         slots = info["capacity"]
-        data = (tmp_path / "s" / "chunks" / f"{segment}.{abstract}{group}" / "c.0.0.0.0.0").read_bytes()
-        found = np.frombuffer(data, "<f2").reshape(len(g["layers"]), planes, slots, g["kv_heads"], g["head_dim"])
-        kv = read_shard(tmp_path / "s", info, group)[0].astype(np.float64)  # [layer, head, kv, token, dim]
-        for plane, chunk in np.ndindex(planes, slots):
-            own = kv[:, :, plane, chunk * 16 : chunk * 16 + 16]
+        data = (tmp_path / "s" / "chunks" / f"{segment}.mean{group}" / "c.0.0.0.0.0").read_bytes()
+        found = np.frombuffer(data, "<f2").reshape(len(g["layers"]), slots, g["kv_heads"], g["head_dim"])
+        keys = read_shard(tmp_path / "s", info, group)[0].astype(np.float64)[:, :, 0]  # [layer, head, token, dim]
+        for chunk in range(slots):
+            own = keys[:, :, chunk * 16 : chunk * 16 + 16]
             if not own.shape[2]:
-                assert not found[:, plane, chunk].any()
+                assert not found[:, chunk].any()
                 continue
             exact = own.mean(
                 2
             )  # of multiples of 1/16 below 8: exact in float64, and the nearest float16 is one rounding away
             half_a_step = np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64) / 2
-            assert (np.abs(found[:, plane, chunk] - exact) <= half_a_step * (1 + 1e-3)).all()
+            assert (np.abs(found[:, chunk] - exact) <= half_a_step * (1 + 1e-3)).all()
+
+
+def test_the_clusters_read_by_the_document_hold_every_token_once_and_have_its_means(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        writer = write_segment(db, TOKENS[:50], geometry=TWO_GROUPS, spare=2, abstracts=("centroid",))
+        db.put_sequence(db.commit(writer, TOKENS[:50]).segment, 50)
+    ((segment, entry),) = table(tmp_path / "s", "segments").items()
+    info = entry["info"]
+    for group, g in enumerate(info["geometry"]["groups"]):
+        layers, slots, heads, dim = len(g["layers"]), info["capacity"], g["kv_heads"], g["head_dim"]
+        data = (tmp_path / "s" / "chunks" / f"{segment}.centroid{group}" / "c.0.0.0.0.0").read_bytes()
+        size = 2 * dim + 8 + 2 * 16
+        assert len(data) == layers * slots * heads * size
+        kv = read_shard(tmp_path / "s", info, group)[0].astype(np.float64)  # [layer, head, kv, token, dim]
+        for layer, head in np.ndindex(layers, heads):
+            seen = []
+            for slot in range(slots):
+                row = data[((layer * slots + slot) * heads + head) * size :][:size]
+                means = np.frombuffer(row[: 2 * dim], "i1").astype(np.float64).reshape(2, dim)
+                scales = struct.unpack("<2f", row[2 * dim : 2 * dim + 8])
+                members = [m + 16 * slot for m in struct.unpack("<16h", row[2 * dim + 8 :]) if m != -32768]
+                if slot * 16 >= 50:
+                    assert not any(row)
+                    continue
+                seen += members
+                for kind in (0, 1):
+                    exact = kv[layer, head, kind, members].mean(0)
+                    assert np.abs(means[kind] * scales[kind] - exact).max() <= np.abs(exact).max() * (0.5 / 127 + 1e-5)
+            assert sorted(seen) == list(range(50))
 
 
 def test_identities_are_addressed_by_the_documented_digest(root: Path) -> None:
