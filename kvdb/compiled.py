@@ -6,7 +6,7 @@ to load what was kept tenths of one.
 
 from __future__ import annotations
 
-import inspect
+import os
 import zlib
 from collections.abc import Callable
 from types import ModuleType
@@ -19,7 +19,8 @@ def compiled(function: Callable[..., Any], signature: str, **options: Any) -> Ca
     """A function compiled at once for arguments of these types; arrays that are "[:, ::1]" must be C-contiguous.
 
     numba keeps code in NUMBA_CACHE_DIR, or else beside the source, or else in the user's cache folder. Where none of them can
-    be written, where it is full, or where what is in it is damaged, each process compiles for itself.
+    be written, where it is full, where what is in it is damaged, or where there is no source to keep it by, each process compiles
+    for itself.
 
     options  of `numba.njit`
     """
@@ -31,9 +32,20 @@ def compiled(function: Callable[..., Any], signature: str, **options: Any) -> Ca
 
 
 def stamp(*modules: ModuleType) -> int:
-    """A digest of modules whose constants and functions end up in a compiled function of another one, for that to close over and use.
+    """A digest of the files of modules whose constants and functions end up in a compiled function of another one, for that to close
+    over and use.
 
     numba keeps code by the file a function is in and the numbers it closes over, if it uses them; a change in other files would go
     unseen. A digest is never negative, so a function that returns where it is uses it and is otherwise as it was.
     """
-    return zlib.crc32("".join(inspect.getsource(module) for module in modules).encode())
+    return zlib.crc32(b"".join(map(_file_of, modules)))
+
+
+def _file_of(module: ModuleType) -> bytes:
+    """What a module was loaded from: its source, or the bytecode of an installation that has no sources. Where its loader shows
+    neither, bytes that no other process has."""
+    try:
+        content: bytes = module.__spec__.loader.get_data(module.__file__)  # type: ignore[union-attr]
+    except (AttributeError, OSError):
+        return os.urandom(16)
+    return content

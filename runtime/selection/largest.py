@@ -13,8 +13,9 @@ _LONG: Final = 4096
 
 
 def largest(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of each row, in any order: (rows, n) -> (rows, k) int64."""
+    """Indices of the k largest of each row, in their own order, so that who goes there goes through memory once: (rows, n) ->
+    (rows, k) int64."""
     n = values.shape[1]
     if values.device.type == "cpu" and n > _LONG and 0 < k < n:
-        return torch.from_numpy(np.argpartition(values.detach().numpy(), n - k, axis=1)[:, n - k :])
-    return torch.topk(values, k, sorted=False).indices
+        return torch.from_numpy(np.sort(np.argpartition(values.detach().numpy(), n - k, axis=1)[:, n - k :], axis=1))
+    return torch.topk(values, k, sorted=False).indices.sort().values

@@ -137,7 +137,7 @@ class Budget(StopRule):
         free = max(0, min(take, chunks) - edges)
         chosen = _edges(heads, chunks, free, forced, scores.lse.device).clone()
         if free:
-            middle = _shares(scores.lse, tail_lse)[..., forced.sink : chunks - forced.recent].sum(1)
+            middle = shares(scores.lse, tail_lse)[:, forced.sink : chunks - forced.recent]
             torch.add(largest(middle, free), forced.sink, out=chosen[:, edges:])
         return Plan(chosen, None, edges)
 
@@ -166,7 +166,7 @@ class Threshold(StopRule):
         return math.ceil(0.25 / self.share)  # heads differ; few come near the most there can be
 
     def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
-        each = _shares(scores.lse, tail_lse)[..., :-1].mean(1)
+        each = shares(scores.lse, tail_lse)[:, :-1]
         order, edges = _best_first(each, forced)
         counts = (each.gather(1, order[:, edges:]) >= self.share).sum(-1) + edges
         return Plan(order[:, : int(counts.max())], counts, edges)
@@ -192,7 +192,7 @@ class Mass(StopRule):
         )  # more is needed where attention is flat; then what is not looked at closely is near its mean
 
     def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
-        each = _shares(scores.lse, tail_lse).mean(1)
+        each = shares(scores.lse, tail_lse)
         order, edges = _best_first(each[:, :-1], forced)
         gained = each.gather(1, order)
         reached = each[:, -1:] + gained.masked_fill(gained >= UNKNOWN_SHARE, 0).cumsum(-1)
@@ -234,7 +234,7 @@ class Certified(StopRule):
     def plan(self, scores: Scores, take: int, forced: Forced, tail_lse: Tensor, read: Read) -> Plan:
         assert scores.ceiling is not None
         heads, group, chunks = scores.lse.shape
-        order, edges = _best_first(_shares(scores.lse, tail_lse)[..., :-1].mean(1), forced)
+        order, edges = _best_first(shares(scores.lse, tail_lse)[:, :-1], forced)
         spread = order[:, None].expand(-1, group, -1)
         ceiling = _moved(scores.ceiling, 1).gather(2, spread)
         beyond = _suffix_lse(ceiling)  # [kv_heads, group, chunks + 1]: bound of all from a place on
@@ -261,11 +261,6 @@ def _open_unit(where: str, value: float, example: float) -> float:
 def _moved(lse: Tensor, sign: int) -> Tensor:
     """Up or down, by more than rounding."""
     return lse + sign * (ROUNDING + RELATIVE_ROUNDING * lse.abs())
-
-
-def _shares(lse: Tensor, tail_lse: Tensor) -> Tensor:
-    """Of each record and, last, of the newest tokens: (kv_heads, group, chunks + 1)."""
-    return shares(torch.cat((lse, tail_lse[..., None]), -1))
 
 
 def _best_first(each: Tensor, forced: Forced) -> tuple[Tensor, int]:

@@ -25,10 +25,10 @@ from torch import Tensor
 from kvdb.abstracts.sketch import BITS, corners
 from kvdb.errors import InvalidInput
 from kvdb.geometry import div_ceil
-from kvdb.runtime.selection.base import SURE, Array, Resident, Scores, Selector
+from kvdb.runtime.selection.base import Array, Resident, Scores, Selector
 from kvdb.runtime.selection.largest import largest
 from kvdb.runtime.selection.shares import shares
-from kvdb.runtime.selection.sketch_scores import of_boxes, of_codes, of_open_boxes, off_by
+from kvdb.runtime.selection.sketch_scores import joined, of_boxes, of_codes, of_open_boxes, off_by
 
 RANGE: Final = 8
 """Records of a range."""
@@ -109,15 +109,10 @@ class SketchSelector(Selector):
         if close == chunks:
             return self._all(q, kept, ceilings)
         coarse, scored, read = self._coarse(q, kept, close)
-        best = largest(shares(coarse).sum(1), close)  # [kv_heads, close]
-        index = best[:, None].expand(-1, q.shape[1], -1)
+        best = largest(shares(coarse)[:, :-1], close)  # [kv_heads, close]
         lse = of_codes(q, kept[:4], best, self.bits)
-        known = lse < SURE
-        mean = (lse * known).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp_min(1)
-        weak = (lse <= torch.maximum(mean, lse.amin(-1, keepdim=True))).float()  # a mean may be rounded below all
-        shift = ((lse - coarse.gather(2, index)) * weak).sum(-1, keepdim=True) / weak.sum(-1, keepdim=True)
         read += best.numel() * kept.codes[0, 0].nbytes
-        return Scores(coarse.add_(shift).scatter_(2, index, lse), None, scored + heads * close, read)
+        return Scores(joined(coarse, best, lse), None, scored + heads * close, read)
 
     def _all(self, q: Tensor, kept: Sketches, ceilings: bool) -> Scores:
         """Every record closely."""
@@ -144,7 +139,7 @@ class SketchSelector(Selector):
         if opened >= ranges:
             return of_boxes(weights, *kept[:2]), heads * chunks, heads * chunks * box_bytes
         around = of_boxes(weights, *kept[4:])
-        best = largest(shares(around).sum(1), opened).sort().values  # in the order of memory
+        best = largest(shares(around)[:, :-1], opened)
         scored = heads * (ranges + opened * RANGE)
         coarse = of_open_boxes(weights, *kept[:2], best, RANGE, around)
         return coarse, scored, scored * box_bytes

@@ -11,15 +11,14 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
-import numba
 import numpy as np
 
 from kvdb.compiled import compiled, stamp
-from kvdb.runtime.selection import sketch_scores, sketch_vectors
+from kvdb.runtime.selection import exponential, sketch_scores, sketch_vectors
+from kvdb.runtime.selection.exponential import FAST, exp_parts
 from kvdb.runtime.selection.sketch_scores import LEAST_QUERY, REACH_UNIT
 from kvdb.runtime.selection.sketch_vectors import LANES, LINE, address, fetch, products, sixteen
 
-_FAST: Final = {"reassoc", "contract", "nsz"}
 _RANK: Final = (
     "void(float32[:, :, ::1], int8[:, :, ::1], float32[:, ::1], int64[:, ::1], int64, float32[:, :, ::1], float64, "
     "float32[:, :, ::1])"
@@ -28,16 +27,19 @@ _SCORE: Final = (
     "void(float32[:, :, ::1], int8[:, :, ::1], float32[:, ::1], uint8[:, :, :, ::1], int32[::1], int64[:, ::1], float64, "
     "float32[:, :, ::1], float32[:, :, ::1])"
 )
+_JOIN: Final = "void(float32[:, :, ::1], int64[:, ::1], float32[:, :, ::1], float64)"
 _QUERIES: Final = 4
 """Query heads that are scored together: their sums fit into registers."""
-_AHEAD: Final = 2
+_AHEAD: Final = 4
 """So many records before it is needed, one is asked for."""
+_BLOCK: Final = 256
+"""Boxes whose products are kept until all are made."""
 _NEVER: Final = -(2**30)
 """Below any sum there is: of a key that is not there."""
 
 
 def _made_of() -> int:
-    return stamp(sketch_vectors, sketch_scores)
+    return stamp(sketch_vectors, sketch_scores, exponential)
 
 
 def rank(group: int) -> Callable[..., None]:
@@ -47,7 +49,7 @@ def rank(group: int) -> Callable[..., None]:
 
 @cache
 def _compiled_rank(queries: int) -> Callable[..., None]:
-    return compiled(_rank_of(queries, _made_of()), _RANK, fastmath=_FAST, nogil=True)
+    return compiled(_rank_of(queries, _made_of()), _RANK, fastmath=FAST, nogil=True)
 
 
 def score(bits: int, group: int) -> Callable[..., None]:
@@ -58,7 +60,13 @@ def score(bits: int, group: int) -> Callable[..., None]:
 
 @cache
 def _compiled_score(bits: int, queries: int) -> Callable[..., None]:
-    return compiled(_score_of(bits, queries, _made_of()), _SCORE, fastmath=_FAST, nogil=True)
+    return compiled(_score_of(bits, queries, _made_of()), _SCORE, fastmath=FAST, nogil=True)
+
+
+@cache
+def join() -> Callable[..., None]:
+    """join(coarse, rows, lse, sure): see `joined`."""
+    return compiled(_join_of(_made_of()), _JOIN, fastmath=FAST, nogil=True)
 
 
 def _rank_of(queries: int, made_of: int) -> Callable[..., None]:
@@ -72,8 +80,8 @@ def _rank_of(queries: int, made_of: int) -> Callable[..., None]:
         turns = (group + queries - 1) // queries
         weights, units = np.zeros((turns * queries, values), np.int16), np.empty(group, np.float32)
         whole = np.zeros((turns * queries, steps * 2 * LANES), np.int16)  # the part that is scored in vectors
-        dots = np.zeros(turns * queries, np.int32)
-        all_boxes, all_whole = boxes.reshape(-1), whole.reshape(-1)
+        dots = np.zeros((_BLOCK, turns * queries), np.int32)
+        all_boxes, all_whole, all_dots = boxes.reshape(-1), whole.reshape(-1), dots.reshape(-1)
         most = min(32767, (2**31 - 1) // (128 * values))
         for head in range(heads):
             for g in range(group):
@@ -94,52 +102,46 @@ def _rank_of(queries: int, made_of: int) -> Callable[..., None]:
                     ahead = (head * n + runs[head, i + 1] * length) * values
                     for at in range(0, length * values, LINE):
                         fetch(address(all_boxes, ahead + at))
-                for row in range(run * length, min(n, (run + 1) * length)):
-                    box, scale = boxes[head, row], scales[head, row]
-                    if np.isinf(scale):
-                        for g in range(group):
-                            out[head, g, row] = sure
-                        continue
-                    known += 1 if around[head, 0, run] < sure else 0
-                    for turn in range(turns if steps else 0):
-                        first = turn * queries
-                        products(
-                            address(all_boxes, (head * n + row) * values),
-                            address(all_whole, first * steps * 2 * LANES),
-                            steps,
-                            address(dots, first),
-                            queries,
-                        )
+                end = min(n, (run + 1) * length)
+                for start in range(run * length, end, _BLOCK):
+                    stop = min(end, start + _BLOCK)
+                    for row in range(start, stop):
+                        for turn in range(turns if steps else 0):
+                            first = turn * queries
+                            products(
+                                address(all_boxes, (head * n + row) * values),
+                                address(all_whole, first * steps * 2 * LANES),
+                                steps,
+                                address(all_dots, (row - start) * turns * queries + first),
+                                queries,
+                            )
+                    if steps * 2 * LANES < values:
+                        for row in range(start, stop):
+                            for g in range(group):
+                                rest = np.int32(0)
+                                for d in range(steps * 2 * LANES, values):
+                                    rest += np.int32(weights[g, d]) * np.int32(boxes[head, row, d])
+                                dots[row - start, g] = rest + (dots[row - start, g] if steps else 0)
                     for g in range(group):
-                        dot = np.int64(dots[g])
-                        for d in range(steps * 2 * LANES, values):
-                            dot += np.int64(weights[g, d]) * np.int64(box[d])
-                        score = np.float32(dot) * (units[g] * scale)
-                        out[head, g, row] = score
-                        shifts[g] += score - around[head, g, run] if around[head, g, run] < sure else np.float32(0)
+                        for row in range(start, stop):
+                            scale = scales[head, row]
+                            score = np.float32(dots[row - start, g]) * (units[g] * scale)
+                            out[head, g, row] = sure if np.isinf(scale) else score
+                if runs.shape[1] < len(closed) and around[head, 0, run] < sure:
+                    for row in range(run * length, end):
+                        if not np.isinf(scales[head, row]):
+                            known += 1
+                            for g in range(group):
+                                shifts[g] += out[head, g, row] - around[head, g, run]
             for g in range(group):
                 shift = shifts[g] / np.float32(max(1, known))
                 for run in range(len(closed)):
                     if closed[run]:
+                        score = around[head, g, run]
                         for row in range(run * length, min(n, (run + 1) * length)):
-                            out[head, g, row] = around[head, g, run] + shift
+                            out[head, g, row] = score + shift if score < sure else score
 
     return rank
-
-
-@numba.njit(fastmath=_FAST)
-def _exp_parts(x: Any) -> tuple[Any, Any]:
-    """exp(x) = m * 2^n for x <= 0, m to within 1.1e-7 of itself: a polynomial, which a compiler can make vectors of."""
-    y = max(x * np.float32(1.4426950408889634), np.float32(-126))
-    n = np.floor(y + np.float32(0.5))
-    f = y - n
-    m = np.float32(1.546973e-4)
-    m = m * f + np.float32(1.3400432e-3)
-    m = m * f + np.float32(9.618026e-3)
-    m = m * f + np.float32(5.5503272e-2)
-    m = m * f + np.float32(2.4022651e-1)
-    m = m * f + np.float32(6.9314721e-1)
-    return m * f + np.float32(1), np.int32(n)
 
 
 def _score_of(bits: int, queries: int, made_of: int) -> Callable[..., None]:
@@ -163,7 +165,6 @@ def _score_of(bits: int, queries: int, made_of: int) -> Callable[..., None]:
         exponents = powers.view(np.int32)
         all_boxes = boxes.reshape(-1)
         all_codes, all_reach, all_dots = codes.reshape(-1), reach.reshape(-1), dots.reshape(-1)
-        quarters = all_reach.view(np.uint64)
         for head in range(heads):
             for g in range(group):
                 largest = np.float32(LEAST_QUERY)
@@ -193,8 +194,6 @@ def _score_of(bits: int, queries: int, made_of: int) -> Callable[..., None]:
                 for g in range(group):
                     for d in range(dim):
                         reach[g, d] = np.int16(np.floor(scaled[g, d] * width[d] + np.float32(0.5)))
-                for quad in range(group * quads):
-                    quarters[quad] = _crossed(quarters[quad])
                 start = (head * chunks + row) * bits * row_bytes
                 for turn in range(turns):
                     for first in range(0, eights, 2):
@@ -218,7 +217,7 @@ def _score_of(bits: int, queries: int, made_of: int) -> Callable[..., None]:
                         top = max(top, mine[t])
                     best, unit = np.float32(top), units[g] * scale * np.float32(2.0**-bits)
                     for t in range(lanes):
-                        power, exponent = _exp_parts((np.float32(mine[t]) - best) * unit)
+                        power, exponent = exp_parts((np.float32(mine[t]) - best) * unit)
                         powers[t] = power
                         exponents[t] += exponent << np.int32(23)
                     for t in range(count, lanes):
@@ -234,10 +233,32 @@ def _score_of(bits: int, queries: int, made_of: int) -> Callable[..., None]:
     return score
 
 
-@numba.njit(fastmath=_FAST)
-def _crossed(four: Any) -> Any:
-    """Four 16-bit numbers in the order 0, 2, 1, 3."""
-    first, second = np.uint64(0xFFFF), np.uint64(0xFFFF << 16)
-    third, fourth = np.uint64(0xFFFF << 32), np.uint64(0xFFFF << 48)
-    up, down = (four & second) << np.uint64(16), (four & third) >> np.uint64(16)
-    return (four & first) | up | down | (four & fourth)
+def _join_of(made_of: int) -> Callable[..., None]:
+    """made_of: see `stamp`."""
+
+    def join(coarse: Any, rows: Any, lse: Any, sure: float) -> None:
+        heads, group, chunks = coarse.shape
+        if made_of < 0:
+            return
+        limit, n = np.float32(sure), rows.shape[1]
+        for head in range(heads):
+            for g in range(group):
+                mine, own = coarse[head, g], lse[head, g]
+                total, known = np.float64(0), np.float64(0)
+                for i in range(n):
+                    total += own[i] if own[i] < limit else np.float32(0)
+                    known += own[i] < limit
+                mean = total / max(np.float64(1), known)  # not in float32: it could be rounded below all
+                gap, weak = np.float32(0), np.float32(0)
+                for i in range(n):
+                    score = mine[rows[head, i]]
+                    one = np.float32(own[i] <= mean and own[i] < limit and score < limit)
+                    gap += one * (own[i] - score)
+                    weak += one
+                shift = gap / max(np.float32(1), weak)
+                for c in range(chunks):
+                    mine[c] = mine[c] + shift if mine[c] < limit else mine[c]
+                for i in range(n):
+                    mine[rows[head, i]] = own[i]
+
+    return join

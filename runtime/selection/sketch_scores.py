@@ -6,7 +6,6 @@ A record of which a sketch knows nothing (scale inf) gets `SURE`: it must be rea
 from __future__ import annotations
 
 import math
-from functools import cache
 from types import ModuleType
 from typing import Final
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from kvdb.errors import InvalidInput
 from kvdb.runtime.selection.base import SURE
+from kvdb.runtime.selection.loops import can_compile
 
 LEAST_QUERY: Final = 1e-30
 """Compiled loops take a query's largest element to be at least this."""
@@ -38,26 +38,27 @@ def of_boxes(corners: Tensor, boxes: Tensor, scales: Tensor) -> Tensor:
 
 def of_open_boxes(corners: Tensor, boxes: Tensor, scales: Tensor, runs: Tensor, length: int, around: Tensor) -> Tensor:
     """As `of_boxes`, of the boxes of some runs; all others get the score of their run, moved by how far those two differ on
-    average where both are known.
+    average where both are known, but for runs that score `SURE` or more.
 
     runs    (kv_heads, m) int64: run r is boxes [r * length, (r + 1) * length), as far as there are any
     around  (kv_heads, group, runs in all) float32
     """
     heads, group, _ = corners.shape
     n = boxes.shape[1]
-    if (loops := _compiled(corners)) is not None:
+    if (kernel := _compiled(corners, corners.shape[2])) is not None:
         out = corners.new_empty(heads, group, n)
         arrays = (t.numpy() for t in (corners, boxes, scales, runs))
-        loops.rank(group)(*arrays, length, around.numpy(), SURE, out.numpy())
+        kernel.rank(group)(*arrays, length, around.numpy(), SURE, out.numpy())
         return out
     unknown = scales.isinf()[:, None]
     own = torch.bmm(corners, boxes.float().transpose(1, 2)) * scales[:, None].masked_fill(unknown, 0)
     closed = torch.ones(heads, around.shape[2], dtype=torch.bool, device=boxes.device).scatter(1, runs, False)
     closed = closed.repeat_interleave(length, 1)[:, None, :n]
     around = around.repeat_interleave(length, 2)[..., :n]
-    both = ~(closed | unknown | (around == SURE))
+    both = ~(closed | unknown | (around >= SURE))
     shift = ((own - around) * both).sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp_min(1)
-    return torch.where(closed, around + shift, own.masked_fill(unknown, SURE))
+    moved = torch.where(around < SURE, around + shift, around)
+    return torch.where(closed, moved, own.masked_fill(unknown, SURE))
 
 
 def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Tensor, bits: int) -> Tensor:
@@ -72,10 +73,10 @@ def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Te
     heads, n, dim = *rows.shape, q.shape[2]
     if records[2].shape[2] != bits:
         raise InvalidInput(f"sketch: codes of {records[2].shape[2]} planes, expected {bits}, as many as are scored")
-    if (loops := _compiled(q)) is not None:
+    if (kernel := _compiled(q, dim)) is not None:
         tops, sums = q.new_empty(2, heads, q.shape[1], n)
         arrays = (t.numpy() for t in (q.contiguous(), *records, rows.contiguous()))
-        loops.score(bits, q.shape[1])(*arrays, SURE, tops.numpy(), sums.numpy())
+        kernel.score(bits, q.shape[1])(*arrays, SURE, tops.numpy(), sums.numpy())
         return tops.add_(sums.log_())
     boxes, scales, codes, tokens = records
     flat = (rows + boxes.shape[1] * torch.arange(heads, device=rows.device)[:, None]).ravel()
@@ -95,6 +96,24 @@ def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Te
     return torch.logsumexp(logits.masked_fill(padding, -math.inf), -1).masked_fill(unknown[:, None], SURE)
 
 
+def joined(coarse: Tensor, rows: Tensor, lse: Tensor) -> Tensor:
+    """Scores of some records by codes, of the others by boxes: these moved by how far both differ on the weaker of those, at or below
+    their mean. Who scores `SURE` or more by boxes stays where it is. Modifies coarse and returns it.
+
+    coarse  (kv_heads, group, chunks) float32
+    rows    (kv_heads, n) int64, lse (kv_heads, group, n) float32: what codes say of them
+    """
+    if (kernel := _compiled(coarse)) is not None:
+        kernel.join()(coarse.numpy(), rows.numpy(), lse.numpy(), SURE)
+        return coarse
+    index = rows[:, None].expand(-1, coarse.shape[1], -1)
+    own, known = coarse.gather(2, index), lse < SURE
+    total = (lse * known).sum(-1, keepdim=True, dtype=torch.float64)  # in float32 a mean may be rounded below all
+    weak = known & (own < SURE) & (lse <= total / known.sum(-1, keepdim=True).clamp_min(1))
+    shift = ((lse - own) * weak).sum(-1, keepdim=True) / weak.sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(coarse < SURE, coarse + shift, coarse).scatter_(2, index, lse)
+
+
 def off_by(q: Tensor, scales: Tensor) -> Tensor:
     """By how much `of_codes` may differ from exact arithmetic, beside float32's own rounding: (kv_heads, group, n)."""
     return q.shape[2] * (0.501 * REACH_UNIT) * q.abs().amax(-1, keepdim=True).clamp_min(LEAST_QUERY) * scales[:, None]
@@ -107,16 +126,10 @@ def boxes_off_by(corners: Tensor, scales: Tensor) -> Tensor:
     return values * 127 * 0.501 * unit * scales[:, None]
 
 
-def _compiled(q: Tensor) -> ModuleType | None:
-    """The compiled loops where they can be used: on CPU, for head dimensions in fours whose sums fit into 32 bits, where numba can be
-    imported."""
-    return _loops() if q.device.type == "cpu" and q.shape[2] % 4 == 0 and q.shape[2] <= _WIDEST else None
-
-
-@cache
-def _loops() -> ModuleType | None:
-    try:
-        from kvdb.runtime.selection import sketch_kernel
-    except (ImportError, OSError):  # not installed, not for this NumPy, or a library of it is missing
+def _compiled(of: Tensor, elements: int = 4) -> ModuleType | None:
+    """The compiled loops where they can be used: for vectors of so many elements, in fours, whose sums fit into 32 bits."""
+    if elements % 4 or elements > _WIDEST or not can_compile(of):
         return None
+    from kvdb.runtime.selection import sketch_kernel
+
     return sketch_kernel

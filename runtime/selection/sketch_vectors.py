@@ -25,6 +25,9 @@ LINE: Final = 64
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_I32, LANES)
 _PAIRS = ir.VectorType(_I16, 2 * LANES)
+_BYTES = ir.VectorType(ir.IntType(8), 4 * LANES)
+_NONE = 4 * LANES
+"""The place of a byte that is zero, of those of two vectors."""
 _PRODUCTS = ir.VectorType(_I32, 2 * LANES)
 
 
@@ -45,14 +48,14 @@ def _pairs_added(b: Any, total: Any, left: Any, right: Any) -> Any:
     return b.add(total, b.add(even, odd))
 
 
-def _summed(b: Any, count: Any, queries: int, step: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
-    """Sums of every query after a loop of `count` steps, at least one. step(number, sums) -> sums"""
+def _summed(b: Any, count: Any, sums_of: int, step: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """So many sums after a loop of `count` steps, at least one. step(number, sums) -> sums"""
     entry, loop, end = b.block, b.append_basic_block("loop"), b.append_basic_block("end")
     b.branch(loop)
     b.position_at_end(loop)
     number = b.phi(_I64)
     number.add_incoming(_I64(0), entry)
-    sums = [b.phi(_VECTOR) for _ in range(queries)]
+    sums = [b.phi(_VECTOR) for _ in range(sums_of)]
     added = step(number, sums)
     following = b.add(number, _I64(1))
     number.add_incoming(following, loop)
@@ -62,6 +65,27 @@ def _summed(b: Any, count: Any, queries: int, step: Callable[[Any, list[Any]], l
     b.cbranch(b.icmp_signed("<", following, count), loop, end)
     b.position_at_end(end)
     return added
+
+
+def _totals(b: Any, sums: list[Any]) -> Any:
+    """Lane v is what all lanes of the v-th of up to four vectors add up to: half the work of one vector after the other.
+
+    Quarters of a vector are what processors shuffle quickly: first pairs within them, of two vectors each, then the quarters.
+    """
+    first, second, third, fourth = [*sums, *[_lanes([0] * LANES)] * (4 - len(sums))]
+
+    def folded(x: Any, y: Any, low: tuple[int, ...], high: tuple[int, ...]) -> Any:
+        places = ([quarter + at for quarter in range(0, LANES, 4) for at in part] for part in (low, high))
+        return b.add(*(b.shuffle_vector(x, y, _lanes(place)) for place in places))
+
+    one, two = (
+        folded(x, y, (0, LANES, 1, LANES + 1), (2, LANES + 2, 3, LANES + 3))
+        for x, y in ((first, second), (third, fourth))
+    )
+    total = folded(one, two, (0, 1, LANES, LANES + 1), (2, 3, LANES + 2, LANES + 3))
+    for half in (8, 4):
+        total = b.add(total, b.shuffle_vector(total, total, _lanes((lane + half) % LANES for lane in range(LANES))))
+    return total
 
 
 def _address(typingctx: Any, array: Any, index: Any) -> Any:
@@ -104,7 +128,7 @@ def _sixteen(
     planes   uint8 *: bits of the first eight keys, most significant plane first; a byte per element
     stride   bytes from plane to plane
     second   bytes from there to the bits of the second eight keys
-    reach    int16 *: (queries, 4 * quads); of each four elements in the order 0, 2, 1, 3
+    reach    int16 *: (queries, 4 * quads)
     out      int32 *: LANES numbers for each query, `apart` from each other
     bits     how many planes, queries how many rows: constants to the compiler
     """
@@ -122,25 +146,30 @@ def _sixteen(
             both = b.shuffle_vector(low, high, _lanes([*range(8), *range(LANES + 8, 2 * LANES)]))
             return b.and_(b.lshr(both, _lanes(lane % 8 for lane in range(LANES))), _lanes([0x01010101] * LANES))
 
+        def pairs(places: Any, half: int) -> Any:
+            """Two of each four places, 16 bits each."""
+            first = range(2 * half, 4 * LANES, 4)
+            mask = ir.Constant(ir.VectorType(_I32, 4 * LANES), [x for at in first for x in (at, _NONE, at + 1, _NONE)])
+            zeros = ir.Constant(_BYTES, [0] * 4 * LANES)
+            return b.bitcast(b.shuffle_vector(b.bitcast(places, _BYTES), zeros, mask), _PAIRS)
+
         def step(quad: Any, sums: list[Any]) -> list[Any]:
             places = plane_bits(0, quad)
             for plane in range(1, planes_of):
                 places = b.or_(b.shl(places, _lanes([1] * LANES)), plane_bits(plane, quad))
-            halves = [
-                b.sext(b.bitcast(b.and_(shifted, _lanes([0x00FF00FF] * LANES)), _PAIRS), _PRODUCTS)
-                for shifted in (places, b.lshr(places, _lanes([8] * LANES)))
-            ]
+            halves = [b.sext(pairs(places, half), _PRODUCTS) for half in (0, 1)]
             added = []
-            for query, total in enumerate(sums):
-                for half, keys in enumerate(halves):
-                    at = b.add(b.mul(b.add(b.mul(quads, _I64(query)), quad), _I64(2)), _I64(half))
-                    pair = b.bitcast(_splat(b, b.load(b.gep(reach_words, [at]), align=4)), _PAIRS)
-                    total = _pairs_added(b, total, keys, b.sext(pair, _PRODUCTS))
-                added.append(total)
+            for number, total in enumerate(sums):
+                query, half = divmod(number, 2)
+                at = b.add(b.mul(b.add(b.mul(quads, _I64(query)), quad), _I64(2)), _I64(half))
+                pair = b.bitcast(_splat(b, b.load(b.gep(reach_words, [at]), align=4)), _PAIRS)
+                added.append(_pairs_added(b, total, halves[half], b.sext(pair, _PRODUCTS)))
             return added
 
-        added = _summed(b, quads, queries_of, step)
-        for query, total in enumerate(added):
+        # each half has sums of its own: one sum would wait for the last addition before the next
+        added = _summed(b, quads, 2 * queries_of, step)
+        for query in range(queries_of):
+            total = b.add(*added[2 * query : 2 * query + 2])
             b.store(total, b.bitcast(b.gep(out, [b.mul(apart, _I64(query))]), _VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
 
@@ -165,7 +194,7 @@ def _products(typingctx: Any, box: Any, weights: Any, steps: Any, out: Any, quer
     box      int8 *: 2 * LANES * steps numbers
     weights  int16 *: (queries, 2 * LANES * steps)
     out      int32 *: (queries,)
-    queries  a constant to the compiler
+    queries  a constant to the compiler, at most 4
     """
     queries_of = queries.literal_value
 
@@ -183,12 +212,9 @@ def _products(typingctx: Any, box: Any, weights: Any, steps: Any, out: Any, quer
                 added.append(_pairs_added(b, total, values, b.sext(own, _PRODUCTS)))
             return added
 
-        added = _summed(b, steps, queries_of, step)
-        for query, total in enumerate(added):
-            for half in (8, 4, 2, 1):
-                turned = b.shuffle_vector(total, total, _lanes((lane + half) % LANES for lane in range(LANES)))
-                total = b.add(total, turned)
-            b.store(b.extract_element(total, _I32(0)), b.gep(out, [_I64(query)]))
+        totals = _totals(b, _summed(b, steps, queries_of, step))
+        own = b.shuffle_vector(totals, totals, ir.Constant(ir.VectorType(_I32, queries_of), list(range(queries_of))))
+        b.store(own, b.bitcast(out, own.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     pointer = types.CPointer

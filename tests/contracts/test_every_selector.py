@@ -1,8 +1,8 @@
 """What holds for every selector in the table.
 
 Scores are finite and of the promised shape; what a selector keeps in memory can be made in parts; where everything is looked at
-closely, a record's score does not depend on which others are there; proven ceilings are never below the truth, and who proves
-nothing says so; what is read is not estimated.
+closely, a record's score does not depend on which others are there; a record of which nothing is known scores `SURE`; proven
+ceilings are never below the truth, and who proves nothing says so; what is read is not estimated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvdb.abstracts import ABSTRACTS
@@ -26,8 +26,10 @@ from kvdb.runtime.selection import (
     Selector,
     SketchSelector,
 )
+from kvdb.runtime.selection.base import SURE
+from kvdb.runtime.selection.shares import UNKNOWN_SHARE, shares
 from kvdb.runtime.selection.sketch import RANGE, Sketches
-from kvdb.runtime.selection.sketch_scores import boxes_off_by, of_codes, of_open_boxes, off_by
+from kvdb.runtime.selection.sketch_scores import boxes_off_by, joined, of_codes, of_open_boxes, off_by
 
 CT = 16
 WAYS: dict[str, Selector] = {
@@ -118,8 +120,8 @@ def test_resident_forms_of_parts_join_to_the_form_of_the_whole(
     """A history extends what is resident chunk by chunk."""
     keys, _ = keys_and_query(size, seed)
     parts = [resident_of(selector, part) for part in (keys[:, :cut], keys[:, cut:]) if part.shape[1]]
-    for joined, whole in zip(selector.join(parts), resident_of(selector, keys), strict=True):
-        assert torch.equal(joined, whole)
+    for together, whole in zip(selector.join(parts), resident_of(selector, keys), strict=True):
+        assert torch.equal(together, whole)
 
 
 @every_way
@@ -214,7 +216,7 @@ def test_compiled_scores_agree_with_torch(size: tuple[int, int, int, int], seed:
 
     compiled = both()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvdb.runtime.selection.sketch_scores._compiled", lambda q: None)
+        patch.setattr("kvdb.runtime.selection.sketch_scores._compiled", lambda *_: None)
         plain = both()
     known = resident[1].masked_fill(resident[1].isinf(), 0)
     allowed = off_by(q, known).gather(2, rows[:, None].expand(-1, q.shape[1], -1))
@@ -291,12 +293,89 @@ def test_the_box_of_a_range_is_around_the_boxes_of_its_records() -> None:
         assert np.allclose(hi, own.max(0), atol=step, rtol=0)
 
 
-def test_what_a_sketch_does_not_know_is_read() -> None:
-    keys, q = keys_and_query((1, 2, 8, 64), 0)
-    keys[0, 5, 3, 7] = np.inf
-    for margin, opened in ((1.0, 1.0), (math.inf, 1.0), (1.0, 0.5)):
-        selector = SketchSelector(margin=margin, least=1, opened=opened)
-        assert (selector.score(q, resident_of(selector, keys), 2).lse.argmax(-1) == 5).all()
+CASCADES = {
+    "boxes, then codes": SketchSelector(margin=1.0, least=1),
+    "ranges, boxes, then codes": SketchSelector(margin=1.0, least=1, opened=0.3),
+}
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+@settings(max_examples=25)
+@pytest.mark.parametrize("selector", [*WAYS.values(), *CASCADES.values()], ids=[*WAYS, *CASCADES])
+@given(
+    size=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 80), st.sampled_from((1, 8, 64))),
+    holes=st.integers(1, 80),
+    hole=st.sampled_from((math.nan, math.inf, -math.inf)),
+    seed=seeds,
+)
+def test_a_record_of_which_nothing_is_known_says_so_exactly(
+    selector: Selector, size: tuple[int, int, int, int], holes: int, hole: float, seed: int, compiled: bool
+) -> None:
+    """However many there are, more than a cascade looks at closely among them; the others say something."""
+    keys, q = keys_and_query(size, seed)
+    rng = np.random.default_rng(seed)
+    for head, chunk in rng.integers(0, (size[0], size[2]), (holes, 2)):
+        keys[head, chunk, rng.integers(CT), rng.integers(size[3])] = hole
+    unknown = torch.from_numpy(~np.isfinite(keys).all((2, 3)))[:, None].expand(-1, size[1], -1)
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr("kvdb.runtime.selection.sketch_scores._compiled", lambda *_: None)
+        scores = selector.score(q, resident_of(selector, keys), 1, ceilings=selector.proves)
+        cascade = selector.score(q, resident_of(selector, keys), 1)
+    for lse in (scores.lse, cascade.lse):
+        assert (lse[unknown] == SURE).all()
+        assert torch.isfinite(lse).all()
+    assert (scores.lse[~unknown] < SURE).all()
+    others = cascade.lse[~unknown]
+    assert ((others < 0.9 * SURE) | (others == SURE)).all()  # of a range that is not opened nobody is known
+    if scores.ceiling is not None:
+        assert (scores.ceiling[unknown] == math.inf).all()
+        assert torch.isfinite(scores.ceiling[~unknown]).all()
+
+
+def test_marks_of_closed_ranges_move_nobody_elses_score() -> None:
+    """More ranges hold an unknown record than are opened: what is looked at closely has marks for scores of its box."""
+    keys, q = keys_and_query((1, 2, 400, 8), 0)
+    selector = SketchSelector(margin=4, least=1, opened=0.3)
+    before = selector.score(q, resident_of(selector, keys), 10).lse
+    keys[0, ::16, 2, 3] = np.nan
+    after = selector.score(q, resident_of(selector, keys), 10).lse
+    assert (after == SURE).sum() > 2 * 25
+    clean = torch.arange(400) // RANGE % 2 == 1
+    assert (after - before)[..., clean].abs().max() < 100 < SURE
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 90)),
+    width=st.sampled_from((0.0, 1.0, 30.0)),
+    unknown=st.sampled_from((0.0, 0.2, 1.0)),
+    seed=seeds,
+)
+def test_compiled_shares_and_joined_scores_agree_with_torch(
+    shape: tuple[int, int, int], width: float, unknown: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    heads, group, chunks = shape
+    coarse, tail = width * torch.randn(shape, generator=g), width * torch.randn(shape[:2], generator=g)
+    coarse[(torch.rand(shape, generator=g) < unknown)] = SURE
+    rows = torch.stack([torch.randperm(chunks, generator=g)[: chunks // 2 + 1] for _ in range(heads)])
+    lse = width * torch.randn(heads, group, rows.shape[1], generator=g)
+    lse[(torch.rand(lse.shape, generator=g) < unknown)] = SURE
+
+    def both() -> tuple[torch.Tensor, ...]:
+        return shares(coarse, tail), shares(coarse), joined(coarse.clone(), rows, lse)
+
+    compiled = both()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvdb.runtime.selection.loops._numba_works", lambda: False)
+        plain = both()
+    eps = torch.finfo(torch.float32).eps
+    for ours, theirs in zip(compiled[:2], plain[:2], strict=True):
+        # an exponent of 87 or less is rounded twice, and each share is one of a sum of `chunks` terms
+        assert torch.allclose(ours, theirs, rtol=(2 * 87 + chunks) * eps, atol=2.0**-125)
+        assert torch.equal(ours >= UNKNOWN_SHARE, theirs >= UNKNOWN_SHARE)
+    assert torch.equal(compiled[2] == SURE, plain[2] == SURE)
+    assert torch.allclose(compiled[2], plain[2], rtol=eps, atol=2 * chunks * eps * 10 * width)
 
 
 def test_with_a_small_beta_the_box_score_is_no_bound() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,21 @@ LOOP = """
 def double(values, out):
     for i in range(len(values)):
         out[i] = 2 * values[i]
+"""
+
+LOOP_OF_MANY = """
+import many
+from kvdb.compiled import stamp
+
+def made(made_of):
+    def times(values, out):
+        if made_of < 0:
+            return
+        for i in range(len(values)):
+            out[i] = many.TIMES * values[i]
+    return times
+
+double = made(stamp(many))
 """
 
 CALL = """
@@ -70,25 +86,36 @@ def test_damaged_files_are_done_without(place: Path, suffix: str, left: int) -> 
 
 def test_what_another_module_adds_is_compiled_anew_when_that_changes(place: Path) -> None:
     (place / "many.py").write_text("TIMES = 2\n")
-    (place / "loop.py").write_text(
-        """
-import many
-from kvdb.compiled import stamp
-
-def made(made_of):
-    def times(values, out):
-        if made_of < 0:
-            return
-        for i in range(len(values)):
-            out[i] = many.TIMES * values[i]
-    return times
-
-double = made(stamp(many))
-"""
-    )
+    (place / "loop.py").write_text(LOOP_OF_MANY)
     assert [call(place, place / "kept") for _ in range(2)] == [0, 1]
     (place / "many.py").write_text("TIMES = 4 // 2\n")
     assert call(place, place / "kept") == 0
+
+
+def test_an_installation_without_sources_compiles_for_each_process(place: Path) -> None:
+    (place / "many.py").write_text("TIMES = 2\n")
+    (place / "loop.py").write_text(LOOP_OF_MANY)
+    without_sources(place)
+    assert [call(place, place / "kept") for _ in range(2)] == [0, 0]
+
+
+def test_a_module_without_source_is_told_from_another(place: Path) -> None:
+    say = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import many; from kvdb.compiled import stamp; print(stamp(many))"
+    )
+    said = []
+    for times in (2, 3):
+        (place / "many.py").write_text(f"TIMES = {times}\n")
+        without_sources(place)
+        said += [finish(python(say, str(place))) for _ in range(2)]
+    assert said[0] == said[1] != said[2] == said[3]
+
+
+def without_sources(place: Path) -> None:
+    """Leave of modules what `python -m compileall -b` makes of them."""
+    compileall.compile_dir(place, maxlevels=0, quiet=1, legacy=True, force=True)
+    for file in place.glob("*.py"):
+        file.unlink()
 
 
 def test_what_is_wrong_with_a_function_is_said(place: Path) -> None:

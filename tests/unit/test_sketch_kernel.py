@@ -86,7 +86,7 @@ def test_a_box_of_any_size_is_scored_as_in_numpy(sizes: tuple[int, int, int, int
 
 @given(x=st.floats(-87, 0, width=32))
 def test_the_exponential_is_one(x: float) -> None:
-    from kvdb.runtime.selection.sketch_kernel import _exp_parts
+    from kvdb.runtime.selection.exponential import exp_parts
 
-    part, exponent = _exp_parts(np.float32(x))
+    part, exponent = exp_parts(np.float32(x))
     assert part * 2.0**exponent == pytest.approx(np.exp(x), rel=2e-7 * (1 - x))
