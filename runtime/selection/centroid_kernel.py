@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +19,7 @@ _NOTHING: Final = float(np.float32(2.0**-24))
 """Of the largest weight: what weighs less is left out of the output, but for the sum of all weights."""
 
 
+@cache
 def kernel() -> Callable[..., bool]:
     return compiled(_of_unread, _SIGNATURE, fastmath=_FAST, error_model="numpy", nogil=True)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor
+
+from kvdb.runtime.selection.loops import can_compile
 
 
 def of_unread(
@@ -22,12 +21,14 @@ def of_unread(
     returns outputs (kv_heads, group, head_dim) and log-sum-exps (kv_heads, group), both float32; 0 and -inf for KV heads of
             which all is read; None where that is so of all
     """
-    if logits.device.type == "cpu" and (loops := _loops()) is not None:
+    if can_compile(logits):
+        from kvdb.runtime.selection.centroid_kernel import kernel
+
         heads, group, _ = logits.shape
         most = torch.full((heads,), chunks.shape[1]) if counts is None else counts
         out, lse = logits.new_empty(heads, group, values.shape[2]), logits.new_empty(heads, group)
         arrays = (t.contiguous().numpy() for t in (logits, owners, sizes, chunks, most, values, scales))
-        return (out, lse) if loops(*arrays, out.numpy(), lse.numpy()) else None
+        return (out, lse) if kernel()(*arrays, out.numpy(), lse.numpy()) else None
     gone = owners.gather(1, chunks[..., None].expand(-1, -1, owners.shape[2]))  # [kv_heads, n, chunk_tokens]
     counted = gone >= 0
     if counts is not None:
@@ -39,12 +40,3 @@ def of_unread(
     lse = torch.logsumexp(weights, -1)
     weights = torch.exp(weights - lse[..., None]).nan_to_num(0) * scales[:, None]
     return torch.bmm(weights, values.float()), lse
-
-
-@cache
-def _loops() -> Callable[..., bool] | None:
-    try:
-        from kvdb.runtime.selection.centroid_kernel import kernel
-    except (ImportError, OSError):  # not installed, not for this NumPy, or a library of it is missing
-        return None
-    return kernel()
