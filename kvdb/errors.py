@@ -2,6 +2,7 @@
 
     KVDBError
     ├── InvalidInput (ValueError)        the caller passed something that cannot work: fix the call
+    │   ├── NotFinite                    KV that a lossy codec cannot keep: inf, NaN, or beyond what its scales hold
     │   └── Unsupported                  a model or option this version refuses rather than gets wrong
     ├── StoreError                       the store as a whole cannot be used
     │   ├── StoreNotFound (FileNotFoundError)
@@ -35,6 +36,10 @@ class KVDBError(Exception):
 
 class InvalidInput(KVDBError, ValueError):
     kind = "invalid-input"
+
+
+class NotFinite(InvalidInput):
+    kind = "not-finite"
 
 
 class Unsupported(InvalidInput):

@@ -67,7 +67,7 @@ def _summarise(records: Array, tokens: int, stored: Array) -> None:
         ordered[:, unknown] = 0
         extremes[:, unknown] = 0
         largest[unknown] = 0
-    scale = _scale(largest)[..., None]
+    scale = box_scale(largest)[..., None]
     steps = np.floor(extremes / scale)
     steps -= steps * scale > extremes  # where the quotient was rounded up to a whole number
     lo = steps[0] * scale
@@ -106,7 +106,7 @@ def _packed(cells: Array, bits: int) -> Iterator[Array]:
         yield np.bitwise_or.reduce(own, axis=1).view(np.uint8)
 
 
-def _scale(largest: Array) -> Array:
+def box_scale(largest: Array) -> Array:
     """A number of 16 significant bits a little above largest / 127: next above what the quotient is rounded to."""
     quotient = np.maximum(largest / np.float32(127), SMALLEST_SCALE)
     scale: Array = ((quotient.view(np.uint32) + np.uint32(0x100)) & np.uint32(0xFFFF_FF00)).view(np.float32)

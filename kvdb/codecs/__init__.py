@@ -1,12 +1,12 @@
-"""Codecs by name. To add one: its file, and its line in the table."""
+"""How the bytes of keys and values look on disk: the table of codecs, and what puts two of them together for a record."""
 
 from __future__ import annotations
 
-from typing import Final
-
 from kvdb.codecs.base import Codec
+from kvdb.codecs.integers import Int2, Int4, Int8
+from kvdb.codecs.planes import Planes
 from kvdb.codecs.raw import Raw
+from kvdb.codecs.record import RecordCodec
+from kvdb.codecs.table import CODECS
 
-CODECS: Final[dict[str, type[Codec]]] = {codec.name: codec for codec in (Raw,)}
-
-__all__ = ["CODECS", "Codec", "Raw"]
+__all__ = ["CODECS", "Codec", "Int2", "Int4", "Int8", "Planes", "Raw", "RecordCodec"]

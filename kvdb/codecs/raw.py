@@ -1,4 +1,4 @@
-"""Records stored as they are: K plane, then V plane, little-endian."""
+"""Numbers stored as they are, little-endian: every bit pattern comes back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvdb.codecs.base import Array, Codec
+from kvdb.geometry import STORAGE_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +17,15 @@ class Raw(Codec):
     lossless: ClassVar[bool] = True
     stored_as_is: ClassVar[bool] = True
 
-    def row_bytes(self, chunk_tokens: int, head_dim: int, itemsize: int) -> int:
-        return 2 * chunk_tokens * head_dim * itemsize
+    def half_bytes(self, chunk_tokens: int, head_dim: int, dtype: str) -> int:
+        return chunk_tokens * head_dim * STORAGE_DTYPES[dtype].itemsize
 
-    def encode(self, records: Array) -> Array:
-        n = len(records)
-        return np.ascontiguousarray(records).view(np.uint8).reshape(n, records.nbytes // n if n else 0)
+    def bound(self, rows: Array, chunk_tokens: int, head_dim: int) -> Array:
+        return np.zeros((len(rows), chunk_tokens, head_dim), np.float32)
 
-    def decode(self, rows: Array, out: Array) -> None:
-        out[...] = np.ascontiguousarray(rows).view(out.dtype).reshape(out.shape)
+    def _encode(self, vectors: Array, dtype: str, rows: Array) -> None:
+        rows[...] = np.ascontiguousarray(vectors).view(np.uint8).reshape(rows.shape)
+
+    def _decode(self, rows: Array, which: Array, first: int, out: Array, dtype: str) -> None:
+        stored = out.view(np.uint8).reshape(len(out), -1)
+        stored[...] = rows[:, first : first + stored.shape[1]][which]

@@ -12,6 +12,7 @@ from kvdb.errors import KVDBError, Problem
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, KVDBError)]
 BUILTINS = {
     "InvalidInput": ValueError,
+    "NotFinite": ValueError,
     "Unsupported": ValueError,
     "StoreNotFound": FileNotFoundError,
     "StoreLocked": TimeoutError,
@@ -42,6 +43,7 @@ def test_kinds_are_unique_and_stable() -> None:
     assert {c.__name__: c.kind for c in CLASSES} == {
         "KVDBError": "error",
         "InvalidInput": "invalid-input",
+        "NotFinite": "not-finite",
         "Unsupported": "unsupported",
         "StoreError": "store",
         "StoreNotFound": "store-not-found",
