@@ -224,7 +224,9 @@ def _check_arrays(
             yield Problem(where, "metadata", f"{e}, expected the array's metadata")
             continue
         kv = msgspec.structs.replace(info, abstracts=attributes.info.abstracts)  # there they mean nothing
-        written = format.kv_metadata(kv, identity or attributes.identity, group, codec_of(info), attributes.sections)
+        written = format.kv_metadata(
+            kv, identity or attributes.identity, group, codec_of(info, group), attributes.sections
+        )
         if msgspec.json.decode(data) != msgspec.json.decode(written):
             yield Problem(where, "metadata", "metadata and catalog differ, expected the same description")
         if attributes.sections.get("digests", (0, 0, ""))[2] != entry.seals.get(array):

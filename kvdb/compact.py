@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvdb.codecs import CodecPlan
 from kvdb.entries import SegmentEntry, Span, Use
 from kvdb.errors import Damaged
 from kvdb.format import SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS
 from kvdb.reader import READERS, Reader
-from kvdb.segments import Segment, SegmentWriter, codec_of
+from kvdb.segments import Segment, SegmentWriter, codecs_of
 from kvdb.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _merge(db: KVDB, run: list[str]) -> int:
         parent=first.parent,
         start=first.start,
         capacity=first.geometry.chunks(len(tokens)),
-        codec=codec_of(first),
+        codec=CodecPlan.of_groups(first.geometry, codecs_of(first)),
         abstracts=first.abstracts,
         keep=run[-1],
     )

@@ -21,7 +21,7 @@ import msgspec
 
 from kvdb import files, format, manifests
 from kvdb.catalog import Catalog
-from kvdb.codecs import Raw
+from kvdb.codecs import RAW
 from kvdb.errors import Damaged, NewerFormat, NotAStore, StoreError, StoreLocked
 from kvdb.format import FORMAT_VERSION
 from kvdb.geometry import CHUNK_TOKENS
@@ -98,7 +98,7 @@ def new_header() -> Header:
         store=os.urandom(16).hex(),
         created=files.now(),
         chunk_tokens=CHUNK_TOKENS,
-        codec=Raw.name,
+        codec=str(RAW),
     )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 
 from kvdb.abstracts import Abstract
-from kvdb.codecs import Codec
+from kvdb.codecs import RecordCodec
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import Identity
@@ -42,6 +42,8 @@ _ZARR_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"
 
 
 class CodecSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What stores the records of a segment: "raw", or "groups" with, for each layer group, what `RecordCodec.spec` gives."""
+
     name: str
     config: dict[str, Any] = {}
 
@@ -177,10 +179,22 @@ def record_digests(segment: str, first_record: int, rows: np.ndarray[Any, np.dty
     return np.array([digest(row, (seed + i) & _ABSENT) for i, row in enumerate(rows)], "<u8")
 
 
-def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: Codec, sections: Sections) -> bytes:
-    """zarr.json of a KV array: dims (layer, head, kv, token, dim), one shard, inner chunk = one chunk of one layer."""
-    g, ct = info.geometry.groups[group], info.geometry.chunk_tokens
-    inner = [1, g.kv_heads, 2, ct, g.head_dim]
+def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: RecordCodec, sections: Sections) -> bytes:
+    """zarr.json of a KV array: one shard, inner chunk = one chunk of one layer. Records that are stored as they are show as numbers
+    (layer, head, kv, token, dim), others as rows of bytes (layer, plane, chunk, head, byte)."""
+    g, ct, layers = info.geometry.groups[group], info.geometry.chunk_tokens, len(info.geometry.groups[group].layers)
+    if codec.stored_as_is:
+        inner, names, dtype = (
+            [1, g.kv_heads, 2, ct, g.head_dim],
+            ["layer", "head", "kv", "token", "dim"],
+            info.geometry.dtype,
+        )
+        shape = [layers, g.kv_heads, 2, info.tokens, g.head_dim]
+        whole = [layers, g.kv_heads, 2, info.capacity * ct, g.head_dim]
+    else:
+        row = codec.row_bytes(ct, g.head_dim, info.geometry.dtype)
+        inner, names, dtype = [1, 1, 1, g.kv_heads, row], ["layer", "plane", "chunk", "head", "byte"], "uint8"
+        shape, whole = [layers, 1, info.chunks, g.kv_heads, row], [layers, 1, info.capacity, g.kv_heads, row]
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "name": "sharding_indexed",
@@ -192,10 +206,10 @@ def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: Codec,
         },
     }
     return _array_metadata(
-        shape=[len(g.layers), g.kv_heads, 2, info.tokens, g.head_dim],
-        chunk_shape=[len(g.layers), g.kv_heads, 2, info.capacity * ct, g.head_dim],
-        dimension_names=["layer", "head", "kv", "token", "dim"],
-        dtype=info.geometry.dtype,
+        shape=shape,
+        chunk_shape=whole,
+        dimension_names=names,
+        dtype=dtype,
         codecs=[sharding],
         attributes={
             "format": ARRAY_VERSION,

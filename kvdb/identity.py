@@ -18,6 +18,7 @@ from kvdb.errors import InvalidInput
 TENSOR_SEMANTICS = "kv-after-rope/1"
 """Version of what stored tensors mean: keys after RoPE, token order, [kv_heads, tokens, head_dim]."""
 
+_LONGEST_FIDELITY = 64
 EXACT = "exact"
 """Fidelity of KV that dense attention computed from exact KV and a lossless codec stored."""
 
@@ -63,7 +64,18 @@ def tagged_digest(fields: Mapping[str, str]) -> bytes:
     return h.digest()
 
 
+def joined_fidelity(fidelity: str, more: str) -> str:
+    """The fidelity of KV that both descriptions say something of: their parts, each once, separated by spaces. What is too long to be one
+    is cut, with a digest of the whole."""
+    parts = dict.fromkeys(part for part in (*fidelity.split(" "), *more.split(" ")) if part != EXACT)
+    whole = " ".join(parts) or EXACT
+    if len(whole) <= _LONGEST_FIDELITY:
+        return whole
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
+    return f"{whole[: _LONGEST_FIDELITY - 17]}~{digest}"
+
+
 def check_fidelity(fidelity: str) -> str:
-    if not fidelity or len(fidelity) > 64 or not fidelity.isprintable():
+    if not fidelity or len(fidelity) > _LONGEST_FIDELITY or not fidelity.isprintable():
         raise InvalidInput(f"fidelity: {fidelity!r}, expected 1..64 printable characters such as {EXACT!r}")
     return fidelity

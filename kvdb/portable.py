@@ -26,7 +26,7 @@ from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, SequenceNotFoun
 from kvdb.format import SegmentInfo
 from kvdb.identity import Identity
 from kvdb.repair import stored_tokens
-from kvdb.segments import abstract_layout, codec_of, layout, reserved_bytes
+from kvdb.segments import abstract_layout, codecs_of, layout, reserved_bytes
 
 if TYPE_CHECKING:
     from kvdb.store import KVDB
@@ -120,7 +120,7 @@ def _kv(entry: SegmentEntry) -> tuple[SegmentInfo, list[str | None]]:
 def _room(entry: SegmentEntry) -> int:
     """Most that a segment's files can occupy."""
     info = entry.info
-    return reserved_bytes(info.geometry, codec_of(info), info.abstracts, info.capacity)
+    return reserved_bytes(info.geometry, codecs_of(info), info.abstracts, info.capacity)
 
 
 def import_sequence(db: KVDB, source: Path, *, name: str | None) -> str:

@@ -81,7 +81,7 @@ class _OpenArray:
 
     def __init__(self, segment: Segment, group: int) -> None:
         info = segment.info
-        self.info, self.group, self.codec = info, group, codec_of(info)
+        self.info, self.group, self.codec = info, group, codec_of(info, group)
         g = info.geometry.groups[group]
         self.heads = g.kv_heads
         self.layer_records = info.capacity * g.kv_heads
@@ -187,10 +187,10 @@ class Reader(ABC):
             self._check(array, rows, self._stored(array, rows, out))
             self.bytes_read += out.nbytes
         else:
-            stored = self._checked_rows(array, rows)
-            decoded = np.empty((len(rows), 2, *out.shape[2:]), out.dtype)
-            array.codec.decode(stored, decoded)
-            out[...] = decoded.swapaxes(0, 1)
+            stored, which = self._fetch_coded(array, rows)
+            self._check(array, rows, lambda i: stored[which[i]])
+            array.codec.decode(stored, which, out, segment.info.geometry.dtype)
+            self.bytes_read += len(rows) * array.row
 
     def rows(self, segment: Segment, layer: int, records: Array) -> Array:
         """Records of one layer as they are stored, (n, row_bytes) uint8; otherwise as `read`."""
@@ -366,6 +366,10 @@ class Reader(ABC):
         """The bytes behind what `_fetch_planes` has copied to `out`: i -> those of rows[i], contiguous."""
 
     @abstractmethod
+    def _fetch_coded(self, array: _OpenArray, rows: Array) -> tuple[Array, Array]:
+        """Rows where a codec can take them from: (m, row_bytes) uint8, and which of those they are, (n,) int64."""
+
+    @abstractmethod
     def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
         """Stored rows, (n, row_bytes) uint8."""
 
@@ -399,6 +403,10 @@ class MmapReader(Reader):
         return lambda i: view[
             numbers[i]
         ]  # the pages just copied; joining the planes again would take three times as long
+
+    def _fetch_coded(self, array: _OpenArray, rows: Array) -> tuple[Array, Array]:
+        self._prefetch(array, rows)
+        return array.view, rows
 
     def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
         self._prefetch(array, rows)
@@ -454,6 +462,9 @@ class PreadReader(Reader):
 
     def _stored(self, array: _OpenArray, rows: Array, out: Array) -> Callable[[int], Any]:
         return lambda i: out[:, i].tobytes()
+
+    def _fetch_coded(self, array: _OpenArray, rows: Array) -> tuple[Array, Array]:
+        return self._fetch_rows(array, rows), np.arange(len(rows))
 
     def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
         stored = np.empty((len(rows), array.row), np.uint8)

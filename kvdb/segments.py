@@ -21,9 +21,9 @@ import numpy as np
 from kvdb import files, format
 from kvdb.abstracts import ABSTRACTS, build_all
 from kvdb.arrays import ARRAY_OVERHEAD, AbstractWriter, ArrayWriter, abstract_bytes
-from kvdb.codecs import CODECS, Codec
+from kvdb.codecs import RAW, RecordCodec
 from kvdb.entries import SegmentEntry
-from kvdb.errors import InvalidInput, Unsupported
+from kvdb.errors import Damaged, InvalidInput, Unsupported
 from kvdb.format import CodecSpec, SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import Identity, check_fidelity
@@ -32,6 +32,8 @@ from kvdb.prefix import Tokens
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+_AS_IS: Final = CodecSpec(name="raw")
+_BY_GROUP: Final = "groups"
 _LARGE_BYTES: Final = 4 << 20
 """Segments above this are forced to disk before the write lock is taken; for smaller ones a round of flushes less counts more."""
 
@@ -54,29 +56,50 @@ class Segment(NamedTuple):
         return cls(entry.info, chunks, entry.seals, entry.changes)
 
 
-def codec_of(info: SegmentInfo) -> Codec:
-    """The codec a segment was written with.
+def codecs_of(info: SegmentInfo) -> tuple[RecordCodec, ...]:
+    """The codec of each layer group.
 
-    raises  Unsupported for one that this version does not know
+    raises  Unsupported for one that this version does not know; Damaged for what no version writes
     """
     if info.cipher is not None:
         raise Unsupported(f"segment {info.segment}: cipher {info.cipher!r}, expected none; upgrade kvdb")
-    unknown = [a for a in info.abstracts if a not in ABSTRACTS]
-    if info.codec.name not in CODECS or unknown:
+    if unknown := [a for a in info.abstracts if a not in ABSTRACTS]:
         raise Unsupported(
-            f"segment {info.segment}: codec {info.codec.name!r}, abstracts {info.abstracts}, expected codecs "
-            f"{sorted(CODECS)} and abstracts {sorted(ABSTRACTS)}; upgrade kvdb"
+            f"segment {info.segment}: abstracts {unknown}, expected some of {sorted(ABSTRACTS)}; upgrade kvdb"
+        )
+    name, config, groups = info.codec.name, info.codec.config, info.geometry.groups
+    if name == _AS_IS.name and not config:
+        return (RAW.usual,) * len(groups)
+    if name != _BY_GROUP or set(config) != {_BY_GROUP}:
+        raise Unsupported(
+            f"segment {info.segment}: codec {name!r} of {sorted(config)}, expected {_AS_IS.name!r} or {_BY_GROUP!r}; upgrade kvdb"
         )
     try:
-        return CODECS[info.codec.name](**info.codec.config)
-    except TypeError as e:
-        raise Unsupported(f"segment {info.segment}: codec {info.codec}: {e}; upgrade kvdb") from e
+        codecs = tuple(RecordCodec.from_spec(spec) for spec in config[_BY_GROUP])
+        for g, codec in zip(groups, codecs, strict=True):
+            codec.check(info.geometry.chunk_tokens, g.head_dim, info.geometry.dtype)
+    except Unsupported as e:
+        raise Unsupported(f"segment {info.segment}: {e}") from e
+    except (InvalidInput, TypeError, ValueError) as e:
+        raise Damaged(f"segment {info.segment}: codec {config[_BY_GROUP]!r:.200}: {e}; run 'kvdb repair'") from e
+    return codecs
+
+
+def codec_of(info: SegmentInfo, group: int) -> RecordCodec:
+    """The codec of a layer group; raises as `codecs_of`."""
+    return codecs_of(info)[group]
+
+
+def _spec(codecs: tuple[RecordCodec, ...]) -> CodecSpec:
+    if all(codec.stored_as_is for codec in codecs):
+        return _AS_IS
+    return CodecSpec(name=_BY_GROUP, config={_BY_GROUP: [codec.spec() for codec in codecs]})
 
 
 def row_bytes(info: SegmentInfo, group: int) -> int:
     """Stored bytes of one record of `group`."""
     g, geometry = info.geometry.groups[group], info.geometry
-    return codec_of(info).row_bytes(geometry.chunk_tokens, g.head_dim, geometry.storage_dtype.itemsize)
+    return codec_of(info, group).row_bytes(geometry.chunk_tokens, g.head_dim, geometry.dtype)
 
 
 def layout(info: SegmentInfo, group: int) -> format.ShardLayout:
@@ -87,11 +110,13 @@ def abstract_layout(info: SegmentInfo, group: int, name: str) -> format.Abstract
     return format.abstract_layout(info.geometry, group, info.capacity, ABSTRACTS[name])
 
 
-def reserved_bytes(geometry: Geometry, codec: Codec, abstracts: tuple[str, ...], capacity: int) -> int:
-    """Most that the files of a segment of `capacity` chunks can occupy, folders and metadata included."""
-    total, ct, itemsize = 0, geometry.chunk_tokens, geometry.storage_dtype.itemsize
-    for group, g in enumerate(geometry.groups):
-        row = codec.row_bytes(ct, g.head_dim, itemsize)
+def reserved_bytes(
+    geometry: Geometry, codecs: tuple[RecordCodec, ...], abstracts: tuple[str, ...], capacity: int
+) -> int:
+    """Most that the files of a segment of `capacity` chunks can occupy, folders and metadata included. codecs: of each layer group."""
+    total, ct = 0, geometry.chunk_tokens
+    for group, (g, codec) in enumerate(zip(geometry.groups, codecs, strict=True)):
+        row = codec.row_bytes(ct, g.head_dim, geometry.dtype)
         total += format.shard_layout(geometry, group, capacity, capacity * ct, row).file_bytes + ARRAY_OVERHEAD
     return total + sum(abstract_bytes(geometry, name, capacity) for name in abstracts)
 
@@ -107,7 +132,7 @@ class SegmentWriter:
         identity: Identity,
         fidelity: str,
         geometry: Geometry,
-        codec: Codec,
+        codecs: tuple[RecordCodec, ...],
         abstracts: tuple[str, ...],
         parent: str | None,
         start: int,
@@ -118,7 +143,7 @@ class SegmentWriter:
                 f"segment {segment}: start={start}, capacity={capacity} chunks, expected start on the grid of "
                 f"{geometry.chunk_tokens} and at most {SEGMENT_TOKENS} tokens"
             )
-        self.identity, self.codec = identity, codec
+        self.identity, self.codecs = identity, codecs
         self.info = SegmentInfo(
             segment=segment,
             identity=identity.digest().hex(),
@@ -128,7 +153,7 @@ class SegmentWriter:
             tokens=capacity * geometry.chunk_tokens,
             capacity=capacity,
             geometry=geometry,
-            codec=CodecSpec(name=codec.name, config=codec.config()),
+            codec=_spec(codecs),
             abstracts=abstracts,
             created=files.now(),
         )
@@ -158,15 +183,18 @@ class SegmentWriter:
     def capacity_tokens(self) -> int:
         return self.info.capacity * self.info.geometry.chunk_tokens
 
-    def append(self, layer: int, keys: Array, values: Array) -> None:
+    def append(self, layer: int, keys: Array, values: Array, abstracts: dict[str, Array] | None = None) -> None:
         """Write the next tokens of one layer.
 
         keys, values  (kv_heads, tokens, head_dim) in the storage dtype; only the last append of a layer may end inside
                       a chunk
-        raises        InvalidInput for a wrong shape or dtype, or more tokens than reserved; StorageFull
+        abstracts     as for `append_rows`, where another segment has them; None: they are made
+        raises        InvalidInput for a wrong shape or dtype, or more tokens than reserved; NotFinite for numbers that the layer's codec
+                      cannot keep; StorageFull
         """
         geometry = self.info.geometry
-        g, ct = geometry.groups[geometry.locate(layer)[0]], geometry.chunk_tokens
+        group, ct = geometry.locate(layer)[0], geometry.chunk_tokens
+        g, codec = geometry.groups[group], self.codecs[group]
         tokens, done = keys.shape[1], self.written[layer]
         if keys.shape != (g.kv_heads, tokens, g.head_dim) or values.shape != keys.shape or tokens == 0:
             raise InvalidInput(
@@ -189,10 +217,12 @@ class SegmentWriter:
         for kv, plane in enumerate((keys, values)):
             by_token[:, kv, :full] = plane[:, : full * ct].reshape(g.kv_heads, full, ct, g.head_dim)
             by_token[:, kv, full:, :rest] = plane[:, None, full * ct :]
-            by_token[:, kv, full:, rest:] = 0
-        rows = self.codec.encode(records.reshape(chunks * g.kv_heads, 2, ct, g.head_dim))
-        built = build_all(self.info.abstracts, by_token[:, 0], by_token[:, 1], tokens, geometry.dtype)
-        self.append_rows(layer, rows, built, tokens)
+            # Padding must not widen the range that a lossy codec spreads its codes over.
+            by_token[:, kv, full:, rest:] = 0 if codec.lossless else plane[:, None, -1:]
+        rows = codec.encode(records.reshape(chunks * g.kv_heads, 2, ct, g.head_dim), geometry.dtype)
+        if abstracts is None:
+            abstracts = build_all(self.info.abstracts, by_token[:, 0], by_token[:, 1], tokens, geometry.dtype)
+        self.append_rows(layer, rows, abstracts, tokens)
 
     def append_rows(self, layer: int, rows: Array, abstracts: dict[str, Array], tokens: int) -> None:
         """Write the next tokens of one layer as they are to be stored: what `append` encodes, or another segment holds.
@@ -266,7 +296,7 @@ class SegmentWriter:
 
     def _describe(self, group: int) -> None:
         kv = msgspec.structs.replace(self.info, abstracts=())  # they may change, this file does not
-        metadata = format.kv_metadata(kv, self.identity, group, self.codec, self._sections[group])
+        metadata = format.kv_metadata(kv, self.identity, group, self.codecs[group], self._sections[group])
         self._arrays[group].describe(metadata)
 
     def reparent(self, parent: str) -> None:

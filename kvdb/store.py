@@ -17,10 +17,10 @@ from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 
-from kvdb import compact, files, folder, forks, manifests, portable, repair, summarise
+from kvdb import compact, files, folder, forks, manifests, portable, recode, repair, summarise
 from kvdb.catalog import Catalog
 from kvdb.check import check_store
-from kvdb.codecs import Codec, Raw
+from kvdb.codecs import RAW, CodecPlan
 from kvdb.entries import Found, Limits, SegmentEntry, Sequence, Span, check_name
 from kvdb.errors import (
     Damaged,
@@ -397,27 +397,34 @@ class KVDB:
         parent: str | None,
         start: int,
         capacity: int,
-        codec: Codec | None = None,
+        codec: CodecPlan = RAW,
         abstracts: tuple[str, ...] = ("box",),
         keep: str | None = None,
     ) -> SegmentWriter:
         """Begin a segment of at most `capacity` chunks after `parent`, at position `start`.
 
+        codec   what each layer is stored with; KV of a lossy one is not `exact`
         keep    segment that making room must leave alone, with its ancestors; None: the parent
-        raises  ReadOnly in mode "r"; StorageFull when the cap or the disk has no room for it, even after eviction
+        raises  ReadOnly in mode "r"; StorageFull when the cap or the disk has no room for it, even after eviction; InvalidInput for a
+                codec that does not fit the geometry, or a lossy one with fidelity "exact"
         """
-        workspace, codec = self.own_workspace(), codec or Raw()
+        workspace = self.own_workspace()
+        if fidelity == EXACT and not codec.lossless:
+            raise InvalidInput(
+                f"segment: fidelity {EXACT!r} with codec {codec}, expected a lossless one, or another fidelity"
+            )
+        geometry, codecs = codec.grouped(geometry)
         with self.catalog.locked():  # until its files stand there, full size, no other writer counts this room as free
             with self.catalog.begin() as txn:
                 parent = None if parent is None else txn.current(parent)
-            self.space.make_room(reserved_bytes(geometry, codec, abstracts, capacity), keep=keep or parent)
+            self.space.make_room(reserved_bytes(geometry, codecs, abstracts, capacity), keep=keep or parent)
             return SegmentWriter(
                 workspace,
                 segment=new_segment_id(),
                 identity=identity,
                 fidelity=fidelity,
                 geometry=geometry,
-                codec=codec,
+                codecs=codecs,
                 abstracts=abstracts,
                 parent=parent,
                 start=start,
@@ -622,6 +629,18 @@ class KVDB:
         """
         self._writable()
         return compact.compact(self, name_or_key)
+
+    def recode(self, name_or_key: str, codec: CodecPlan) -> int:
+        """Store one sequence with another codec; returns how many segments were written anew.
+
+        Its KV is decoded and encoded, and is from then on of the fidelity of a lossy codec; back to a lossless one it stays so. What
+        others share stays as it is, for them. If this fails or is interrupted, the sequence is what it was.
+
+        raises  SequenceNotFound, StorageFull, Damaged, ReadOnly; InvalidInput for a codec that does not fit; NotFinite for KV that a
+                lossy codec cannot keep
+        """
+        self._writable()
+        return recode.recode(self, name_or_key, codec)
 
     def set_abstracts(self, name_or_key: str | None, abstracts: Iterable[str]) -> int:
         """Give every segment of one sequence, or of all, exactly these abstracts; returns how many segments changed.

@@ -24,7 +24,7 @@ from kvdb.check import check_abstract
 from kvdb.entries import SegmentEntry
 from kvdb.errors import Damaged, InvalidInput, StoreError
 from kvdb.reader import READERS, Reader
-from kvdb.segments import Segment, codec_of
+from kvdb.segments import Segment, codecs_of
 
 if TYPE_CHECKING:
     from kvdb.store import KVDB
@@ -95,7 +95,7 @@ def _settle(db: KVDB, segments: list[str], wanted: tuple[str, ...]) -> int:
 
 def _plan(db: KVDB, entry: SegmentEntry, wanted: tuple[str, ...]) -> _Plan | None:
     """None where there is nothing to be done."""
-    codec_of(entry.info)  # refuses abstracts that this version does not know
+    codecs_of(entry.info)  # refuses abstracts that this version does not know
     whole = [
         name
         for name in entry.info.abstracts

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import takewhile
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -25,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from kvdb.codecs import RAW, CodecPlan
 from kvdb.entries import Found, Sequence, Span
 from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import STORAGE_DTYPES, Geometry, LayerGroup
-from kvdb.identity import EXACT, Identity
+from kvdb.identity import EXACT, Identity, joined_fidelity
 from kvdb.prefix import Tokens
 from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, register
-from kvdb.runtime.cache import KVDBCache, Prefix
+from kvdb.runtime.cache import KVDBCache, Prefix, expect_exact_keys
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
 from kvdb.runtime.prefill import PrefillProgress, prefill
 from kvdb.runtime.selection import DEFAULT_SELECTOR, SELECTORS, Budget, Certified, Mass, Selector, StopRule, Threshold
@@ -53,6 +55,7 @@ def attach(
     exact: bool = False,
     fidelity: str = EXACT,
     selector: str | Selector = DEFAULT_SELECTOR,
+    codec: str | CodecPlan = RAW,
 ) -> Attachment:
     """Join a causal language model of transformers to a store. A context manager.
 
@@ -63,7 +66,9 @@ def attach(
     certified instead of a budget: read until at most this share of every head's softmax mass is proven to be unread
     exact     attend to everything
     selector  by name or, for other settings, a member itself: see `kvdb.runtime.selection`
-    fidelity  "exact" reuses only KV that dense attention computed; "any" also what was generated under a budget
+    fidelity  "exact" reuses only KV that dense attention computed and nothing lossy stored, but for `codec`; "any" all there is
+    codec     what new KV is stored with, such as "int4", "planes:bits=6+int8" or "small": see `kvdb.codecs`. KV that dense attention
+              computed and this very codec stored is reused like exact KV
     raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
     """
     given = {"budget": budget, "threshold": threshold, "mass": mass, "certified": certified, "exact": exact or None}
@@ -86,17 +91,33 @@ def attach(
         rule = Budget.of(budget)
     if rule is not None:
         rule.check(selector)
-    return Attachment(model, db, rule=rule, fidelity=fidelity, selector=selector)
+    plan = CodecPlan.parse(codec) if isinstance(codec, str) else codec
+    if not isinstance(plan, CodecPlan):
+        raise InvalidInput(f"attach: codec is {codec!r}, expected a name such as 'int4', or a CodecPlan")
+    if isinstance(rule, Certified):
+        expect_exact_keys(plan)
+    return Attachment(model, db, rule=rule, fidelity=fidelity, selector=selector, codec=plan)
 
 
 class Attachment:
     """A model joined to a store; made by `attach`."""
 
-    def __init__(self, model: nn.Module, db: KVDB, *, rule: StopRule | None, fidelity: str, selector: Selector) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        db: KVDB,
+        *,
+        rule: StopRule | None,
+        fidelity: str,
+        selector: Selector,
+        codec: CodecPlan = RAW,
+    ) -> None:
         self.model, self.db, self.rule, self.fidelity, self.selector = model, db, rule, fidelity, selector
+        self.codec = codec
         self.config = text_config(model)
         self.windows = _windows(self.config)
         self.geometry = _geometry(model, self.config, db)
+        codec.grouped(self.geometry)  # refuses what does not fit
         self._stack: ExitStack | None = None
         self._caches: weakref.WeakSet[KVDBCache] = weakref.WeakSet()
 
@@ -152,7 +173,13 @@ class Attachment:
         rows = _rows(input_ids)
         if len(rows) != 1:
             raise InvalidInput(f"match: {len(rows)} prompts, expected one; ask for each")
-        return self.db.match(self.identity(), rows[0], exact=self.fidelity == EXACT)
+        identity, row = self.identity(), rows[0]
+        found = self.db.match(identity, row, exact=self.fidelity == EXACT)
+        with_codec, _ = self._find(identity, row)
+        if with_codec.tokens <= found.tokens:
+            return found
+        why = "all tokens are stored" if with_codec.tokens == len(row) else f"the rest is not stored as {self.codec}"
+        return Match(with_codec.tokens, with_codec.spans, why)
 
     def cache(self, input_ids: Tensor, *, progress: Callable[[PrefillProgress], None] | None = None) -> KVDBCache:
         """A cache for this prompt: reuses the longest stored prefix, prefills and stores the rest but the last token.
@@ -227,9 +254,10 @@ class Attachment:
                 f"sequence {name!r}: stored under another identity ({', '.join(different)} differ), expected the attached "
                 "model's; its KV cannot be reused, prefill it again"
             )
-        if self.fidelity == EXACT and sequence.fidelity != EXACT:
+        if self.fidelity == EXACT and sequence.fidelity not in self._accepted:
             raise InvalidInput(
-                f"sequence {name!r}: its fidelity is {sequence.fidelity!r}, expected {EXACT!r}; attach with fidelity='any'"
+                f"sequence {name!r}: its fidelity is {sequence.fidelity!r}, expected {' or '.join(map(repr, self._accepted))}; attach with "
+                "fidelity='any', or with the codec it is stored with"
             )
         return sequence
 
@@ -264,7 +292,7 @@ class Attachment:
     def _restored(self, identity: Identity, rows: list[Tokens]) -> KVDBCache:
         """A cache that holds the longest prefix that is stored for every row."""
         while True:
-            found = [self.db.find(identity, row, exact=self.fidelity == EXACT) for row in rows]
+            found = [self._find(identity, row) for row in rows]
             shared = min(each.tokens for each, _ in found)
             prefixes = [_cut(each, segments, row, shared) for (each, segments), row in zip(found, rows, strict=True)]
             cache = self._new(identity, len(rows))
@@ -279,6 +307,22 @@ class Attachment:
                 for prefix in prefixes:
                     self.db.touch(prefix.spans)
             return cache
+
+    def _find(self, identity: Identity, row: Tokens) -> tuple[Found, list[Segment]]:
+        """The longest stored prefix of a prompt that may be reused."""
+        found = self.db.find(identity, row, exact=self.fidelity == EXACT)
+        if self.fidelity != EXACT or self.codec.lossless:
+            return found
+        whatever, segments = self.db.find(identity, row, exact=False)
+        good = list(takewhile(lambda segment: segment.info.fidelity in self._accepted, segments))
+        spans = whatever.spans[: len(good)]
+        tokens = sum(span.stop - span.start for span in spans)
+        return found if tokens <= found[0].tokens else (Found(tokens, spans), good)
+
+    @property
+    def _accepted(self) -> tuple[str, ...]:
+        """Fidelities of KV that is reused where exact KV is asked for."""
+        return (EXACT,) if self.codec.lossless else (EXACT, joined_fidelity(EXACT, str(self.codec)))
 
     def _changed(self, spans: tuple[Span, ...], segments: list[Segment]) -> bool:
         """Whether any of what was found was deleted, merged or given other abstracts before it was open: look again. Each time
@@ -297,6 +341,7 @@ class Attachment:
             device=_device(self.model),
             rule=self.rule,
             selector=self.selector,
+            codec=self.codec,
             model_label=str(getattr(self.config, "_name_or_path", "") or self.config.model_type),
         )
         self._caches.add(cache)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvdb import forks
+from kvdb.codecs import CodecPlan
 from kvdb.entries import Span
 from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import Geometry
@@ -24,9 +25,9 @@ from kvdb.reader import Reader
 from kvdb.runtime.history import History
 from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail
 from kvdb.runtime.metrics import Metrics
-from kvdb.runtime.selection import DENSE_BELOW, Estimate, Forced, Plan, Scores, Selector, StopRule
+from kvdb.runtime.selection import DENSE_BELOW, Certified, Estimate, Forced, Plan, Scores, Selector, StopRule
 from kvdb.runtime.staging import Staging
-from kvdb.segments import Segment
+from kvdb.segments import Segment, codecs_of
 from kvdb.store import KVDB
 
 MASS_EVERY = 16
@@ -61,6 +62,7 @@ class KVDBCache(Cache):
         device: torch.device,
         rule: StopRule | None,
         selector: Selector,
+        codec: CodecPlan,
         model_label: str,
     ) -> None:
         """identify: the model's identity as it is now. windows: of layers that have one. rule: None is exact."""
@@ -76,7 +78,7 @@ class KVDBCache(Cache):
         self._reader = db.reader()
         self._staging = Staging(dtype, device)
         self.rows = [
-            History(db, identity, geometry, self._reader, self._staging, tuple(selector.abstracts), model_label)
+            History(db, identity, geometry, self._reader, self._staging, tuple(selector.abstracts), codec, model_label)
             for _ in range(batch)
         ]
         self._let_go = weakref.finalize(self, _let_go, self.rows, self._reader)
@@ -131,8 +133,11 @@ class KVDBCache(Cache):
     def restore(self, prefixes: list[Prefix]) -> None:
         """Take over a stored prefix per row; all of the same length.
 
-        raises  Damaged when a file is missing or short
+        raises  Damaged when a file is missing or short; Unsupported where keys are not what a certificate needs
         """
+        if isinstance(self.rule, Certified):
+            for segment in (segment for prefix in prefixes for segment in prefix.segments):
+                expect_exact_keys(CodecPlan.of_groups(segment.info.geometry, codecs_of(segment.info)))
         tokens = len(prefixes[0].tokens)
         for row, prefix in zip(self.rows, prefixes, strict=True):
             row.restore(prefix.spans, prefix.segments, prefix.tokens)
@@ -308,6 +313,14 @@ class KVDBCache(Cache):
             self._reader.close()
         for layer in self.layers:
             layer.stored.tail = Tail()
+
+
+def expect_exact_keys(codec: CodecPlan) -> None:
+    """raises  Unsupported where keys are stored with a lossy codec: abstracts bound the keys they were made of, not what is decoded"""
+    if not codec.exact_keys:
+        raise Unsupported(
+            f"certified: keys are stored as {codec}, expected a codec that keeps them exactly; use a budget, or store them as raw"
+        )
 
 
 def _let_go(rows: list[History], reader: Reader) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from kvdb import forks
 from kvdb.abstracts import ABSTRACTS, build_all
+from kvdb.codecs import CodecPlan
 from kvdb.entries import Span
 from kvdb.errors import Damaged
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
-from kvdb.identity import EXACT, Identity
+from kvdb.identity import EXACT, Identity, joined_fidelity
 from kvdb.reader import Reader
 from kvdb.runtime.selection import Resident, Selector
 from kvdb.runtime.staging import Array, Staging, storage_view
@@ -48,7 +49,7 @@ class History:
 
     abstracts         what new segments are summarised by
     tokens            ids of every token computed so far, tail included; the cache appends to it
-    approximate_from  position from which KV is not exact (None: all of it is)
+    codec             what each layer of new segments is stored with
     """
 
     def __init__(
@@ -59,13 +60,13 @@ class History:
         reader: Reader,
         staging: Staging,
         abstracts: tuple[str, ...],
+        codec: CodecPlan,
         model_label: str,
     ) -> None:
         self.db, self.identity, self.geometry = db, identity, geometry
-        self.abstracts, self.model_label = abstracts, model_label
+        self.abstracts, self.codec, self.model_label = abstracts, codec, model_label
         self.tokens: list[int] = []
-        self.approximate_from: int | None = None
-        self.approximation = EXACT
+        self._fidelities: list[tuple[int, str]] = [(0, EXACT)]  # from a position on, how KV is computed
         self._reader, self._staging = reader, staging
         groups = {layer: geometry.groups[geometry.locate(layer)[0]] for layer in geometry.layers}
         self._heads = {layer: np.arange(group.kv_heads)[:, None] for layer, group in groups.items()}
@@ -267,9 +268,10 @@ class History:
     # -- writing
 
     def mark_approximate(self, position: int, fidelity: str) -> None:
-        """From this position on, KV was computed after an approximate attention."""
-        if self.approximate_from is None:
-            self.approximate_from, self.approximation = position, fidelity
+        """From this position on, KV is computed under this fidelity or after such KV, beside what is known already."""
+        last = self._fidelities[-1][1]
+        if (both := joined_fidelity(last, fidelity)) != last:
+            self._fidelities.append((position, both))
 
     def room(self, layer: int, tokens: int, expected_tokens: int) -> int:
         """How many of the next `tokens` tokens of a layer may be appended now; opens a segment if none is in flight.
@@ -290,10 +292,17 @@ class History:
 
     def _extent(self, start: int, tokens: int) -> tuple[int, str]:
         """Tokens from `start` that one fidelity covers, in whole chunks unless all of them, and that fidelity."""
-        if self.approximate_from is None or start + tokens <= self.approximate_from:
-            return tokens, EXACT
-        exact = self.geometry.grid_floor(max(0, self.approximate_from - start))
-        return (exact, EXACT) if exact else (tokens, self.approximation)
+        found = EXACT
+        for position, fidelity in self._fidelities:
+            if position >= start + tokens:
+                break
+            if whole := self.geometry.grid_floor(max(0, position - start)):
+                return whole, self._stored_as(found)
+            found = fidelity
+        return tokens, self._stored_as(found)
+
+    def _stored_as(self, fidelity: str) -> str:
+        return fidelity if self.codec.lossless else joined_fidelity(fidelity, str(self.codec))
 
     def _begin(self, start: int, capacity: int, fidelity: str) -> None:
         self._writer = self.db.writer(
@@ -303,6 +312,7 @@ class History:
             parent=self._sealed[-1].segment.info.segment if self._sealed else None,
             start=start,
             capacity=capacity,
+            codec=self.codec,
             abstracts=self.abstracts,
         )
         self._submitted = dict.fromkeys(self.geometry.layers, 0)

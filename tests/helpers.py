@@ -21,6 +21,7 @@ import kvdb
 from kvdb import EXACT, KVDB, Geometry, Identity, LayerGroup, Span
 from kvdb.abstracts import ABSTRACTS
 from kvdb.abstracts.centroid import NOBODY, unpack
+from kvdb.codecs import RAW, CodecPlan
 from kvdb.geometry import as_float32, div_ceil, from_float32
 from kvdb.options import Mode
 from kvdb.reader import Reader
@@ -89,6 +90,7 @@ def write_segment(
     fidelity: str = EXACT,
     spare: int = 0,
     abstracts: tuple[str, ...] = ("box",),
+    codec: CodecPlan = RAW,
     append_tokens: int | None = None,
 ) -> SegmentWriter:
     """A writer that holds KV of tokens[start:], not yet sealed. `spare`: chunk slots reserved and never used."""
@@ -100,6 +102,7 @@ def write_segment(
         start=start,
         capacity=geometry.chunks(len(tokens) - start) + spare,
         abstracts=abstracts,
+        codec=codec,
     )
     kv = model_kv(geometry, tokens, start, len(tokens), salt=fidelity)
     step = append_tokens or len(tokens)

@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvdb.codecs import CodecPlan
 from kvdb.entries import check_name
 from kvdb.errors import InvalidInput, OlderFormat, StoreNotFound
 from kvdb.sizes import parse_bytes
@@ -85,6 +86,7 @@ def ask(
     certified: float | None,
     exact: bool,
     selector: str | None,
+    codec: str,
     max_new_tokens: int,
     name: str | None,
     ttl: str | None,
@@ -98,6 +100,7 @@ def ask(
     document  a path or "-"
     budget    a share or a number of tokens, as text
     selector  a name, or a name with settings; None: the default
+    codec     what KV is stored with, as text
     opening   options of `KVDB.open`
     """
     shares: dict[str, Any] = {"threshold": threshold, "mass": mass, "certified": certified}
@@ -113,6 +116,7 @@ def ask(
     keep = _Kept(name, None if ttl is None else parse_seconds("--ttl", ttl))
     if opening["size_cap"] not in (None, UNLIMITED):
         parse_bytes("--size-cap", opening["size_cap"])
+    plan = CodecPlan.parse(codec)
     text = read_document(document)
     _check_store(store)
     if stats is not None and not stats.parent.is_dir():
@@ -130,7 +134,7 @@ def ask(
     started = time.perf_counter()
     with (
         KVDB.open(store, **opening) as db,
-        attach(loaded.model, db, budget=limit, **shares, exact=exact, selector=chosen) as kv,
+        attach(loaded.model, db, budget=limit, **shares, exact=exact, selector=chosen, codec=plan) as kv,
     ):
         result, shown = _answer(kv, loaded, prompt, max_new_tokens, keep, console, as_json, started)
     if stats is not None:

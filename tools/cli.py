@@ -149,6 +149,13 @@ def ask(
             show_default="centroid",
         ),
     ] = None,
+    codec: Annotated[
+        str,
+        typer.Option(
+            metavar="CODEC",
+            help="Store KV as raw, int8, int4, int2, planes:bits=6+int8, ...; balanced and small are such. What the same codec stored is reused.",
+        ),
+    ] = "raw",
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 200,
     name: Annotated[
         str | None,
@@ -193,6 +200,7 @@ def ask(
         certified=certified,
         exact=exact,
         selector=selector,
+        codec=codec,
         max_new_tokens=max_new_tokens,
         name=name,
         ttl=ttl,
@@ -247,13 +255,27 @@ def repair(
     raise typer.Exit(maintain.repair(store, apply=apply, rebuild=rebuild, as_json=as_json))
 
 
-@app.command(epilog="Example: kvdb compact notes.kvdb report", rich_help_panel=HEALTH)
-def compact(store: Store, sequence: SomeSequence = None, as_json: Json = False) -> None:
-    """Merge the small segments that appended turns leave, of one sequence or of all.
+@app.command(epilog="Example: kvdb compact notes.kvdb report --codec int4", rich_help_panel=HEALTH)
+def compact(
+    store: Store,
+    sequence: SomeSequence = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CODEC",
+            help="Instead, store KV with another codec: raw, int8, int4, int2, planes:bits=6+int8, balanced, small; "
+            "'int4;0-1=raw' excepts layers.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge the small segments that appended turns leave, of one sequence or of all; or store them with another codec.
 
-    It needs room for a copy of what it merges. The old files go with a later write, or with 'kvdb gc'.
+    It needs room for a copy of what it writes. The old files go with a later write, or with 'kvdb gc'. What a lossy codec
+    stored is reused by 'kvdb ask --codec' of the same name, never where exact KV is asked for.
     """
-    raise typer.Exit(maintain.compact(store, sequence, as_json=as_json))
+    raise typer.Exit(maintain.compact(store, sequence, codec=codec, as_json=as_json))
 
 
 @app.command(epilog="Example: kvdb abstracts notes.kvdb report --set sketch", rich_help_panel=HEALTH)

@@ -22,7 +22,7 @@ from kvdb.entries import Sequence
 from kvdb.errors import Damaged, OlderFormat, Problem, StoreNotFound
 from kvdb.identity import EXACT
 from kvdb.options import Mode
-from kvdb.segments import codec_of
+from kvdb.segments import codecs_of
 from kvdb.store import KVDB
 from kvdb.tools.output import PROBLEM, print_json, print_problems, problems_json, stdout_console, visible, working
 from kvdb.tools.sizes import age_text, bytes_text, count_text, left_text, seconds_text
@@ -153,7 +153,7 @@ def _abstracts(db: KVDB, sequence: Sequence) -> dict[str, dict[str, int]] | None
         return None
     found: dict[str, dict[str, int]] = {}
     for info in (segment.info for segment in segments):
-        codec_of(info)  # refuses abstracts that this version does not know
+        codecs_of(info)  # refuses abstracts that this version does not know
         for name in info.abstracts:
             groups = range(len(info.geometry.groups))
             places = [format.abstract_layout(info.geometry, g, info.chunks, ABSTRACTS[name]) for g in groups]

@@ -7,6 +7,7 @@ they may run beside readers, so what they replaced goes with a later write or `g
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from pathlib import Path
@@ -14,14 +15,17 @@ from pathlib import Path
 from rich.text import Text
 
 from kvdb import files
+from kvdb.codecs import CodecPlan
 from kvdb.entries import Sequence
-from kvdb.errors import InvalidInput
+from kvdb.errors import InvalidInput, SequenceNotFound
 from kvdb.repair import repair as run_repair
 from kvdb.sizes import parse_bytes
 from kvdb.store import KVDB, UNLIMITED
 from kvdb.tools.inspect import KEY_SHOWN, advised, kv_bytes, open_store, used_text
 from kvdb.tools.output import PROBLEM, print_json, print_problems, problems_json, stdout_console, visible, working
 from kvdb.tools.sizes import bytes_text, count_text
+
+_AS_FAR = "a sequence that was done stays so, any other is what it was; the same command goes on from there"
 
 
 def remove(store: Path, name_or_key: str, *, as_json: bool) -> int:
@@ -95,8 +99,11 @@ def gc(store: Path, *, as_json: bool) -> int:
     return _done({"store": str(store), "freed_bytes": freed}, f"{bytes_text(freed)} freed", as_json=as_json)
 
 
-def compact(store: Path, name_or_key: str | None, *, as_json: bool) -> int:
+def compact(store: Path, name_or_key: str | None, *, codec: str | None, as_json: bool) -> int:
+    plan = None if codec is None else CodecPlan.parse(codec)
     with open_store(store, "r+") as db:
+        if plan is not None:
+            return _recode(db, store, name_or_key, plan, as_json=as_json)
         before = db.info()
         what = f"merging segments of {store}: {count_text(before['segments'], 'segment')}, {bytes_text(before['disk_bytes'])}"
         with working(what, interrupted="what was merged so far stays; the same command goes on from there"):
@@ -110,14 +117,36 @@ def compact(store: Path, name_or_key: str | None, *, as_json: bool) -> int:
     )
 
 
+def _recode(db: KVDB, store: Path, name_or_key: str | None, codec: CodecPlan, *, as_json: bool) -> int:
+    """Store a sequence, or all, with another codec."""
+    before = db.info()["disk_bytes"]
+    wanted = [s.key for s in db.sequences()] if name_or_key is None else [db.sequence(name_or_key).key]
+    written = 0
+    with working(f"storing {count_text(len(wanted), 'sequence')} of {store} as {codec}", interrupted=_AS_FAR):
+        for key in wanted:
+            with contextlib.suppress(SequenceNotFound):  # a beginning that went with the sequence that continued it
+                written += db.recode(key, codec)
+    after = db.info()["disk_bytes"]
+    return _done(
+        {
+            "store": str(store),
+            "codec": str(codec),
+            "segments_written": written,
+            "disk_bytes_before": before,
+            "disk_bytes": after,
+        },
+        f"{count_text(written, 'segment')} written as {codec}; {bytes_text(before)} before, {bytes_text(after)} now",
+        as_json=as_json,
+    )
+
+
 def set_abstracts(store: Path, name_or_key: str | None, wanted: list[str], *, as_json: bool) -> int:
     """Give every segment of a sequence, or of all, exactly these abstracts."""
     with open_store(store, "r+") as db:
         key = None if name_or_key is None else db.sequence(name_or_key).key
         before = db.info()
         what = f"making abstracts in {store}: {count_text(before['segments'], 'segment')}, {bytes_text(before['disk_bytes'])}"
-        left = "a sequence that was done stays so, any other has what it had; the same command goes on from there"
-        with working(what, interrupted=left):
+        with working(what, interrupted=_AS_FAR):
             changed = db.set_abstracts(key, wanted)
         written = db.info()["bytes_written"] - before["bytes_written"]
     return _done(

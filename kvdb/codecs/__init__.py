@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from kvdb.codecs.base import Codec
 from kvdb.codecs.integers import Int2, Int4, Int8
+from kvdb.codecs.plan import POLICIES, RAW, CodecPlan
 from kvdb.codecs.planes import Planes
 from kvdb.codecs.raw import Raw
 from kvdb.codecs.record import RecordCodec
 from kvdb.codecs.table import CODECS
 
-__all__ = ["CODECS", "Codec", "Int2", "Int4", "Int8", "Planes", "Raw", "RecordCodec"]
+__all__ = ["CODECS", "POLICIES", "RAW", "Codec", "CodecPlan", "Int2", "Int4", "Int8", "Planes", "Raw", "RecordCodec"]

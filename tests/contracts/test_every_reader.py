@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import extend, identity, model_kv, opened, token_list
+from helpers import TWO_GROUPS, extend, model_kv, opened, token_list, write_segment
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries
 
-from kvdb import Geometry, LayerGroup
-from kvdb.codecs import CODECS, Raw
-from kvdb.codecs.base import Array
+from kvdb import Geometry
+from kvdb.codecs import CodecPlan
 from kvdb.reader import READERS, Reader
 
 every_reader = pytest.mark.parametrize("kind", READERS.values(), ids=READERS)
-
-
-class Turned(Raw):
-    """A codec whose rows are not the records, so that readers must decode."""
-
-    __slots__ = ()
-    name = "turned"
-    stored_as_is = False
-
-    def encode(self, records: Array) -> Array:
-        return ~Raw.encode(self, records)
-
-    def decode(self, rows: Array, out: Array) -> None:
-        Raw.decode(self, ~rows, out)
 
 
 @every_reader
@@ -68,22 +53,31 @@ def test_any_records_in_any_order_are_read_bit_for_bit(
 
 
 @every_reader
+@pytest.mark.parametrize("codec", ["int8", "int2", "planes:bits=6+int4", "raw+int8", "int4;3=raw"])
+@given(tokens=st.integers(1, 70), data=st.data())
 def test_rows_that_are_not_records_are_decoded(
-    kind: type[Reader], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    kind: type[Reader], codec: str, tmp_path_factory: pytest.TempPathFactory, tokens: int, data: st.DataObject
 ) -> None:
-    monkeypatch.setitem(CODECS, "turned", Turned)
-    geometry = Geometry(dtype="float16", chunk_tokens=16, groups=(LayerGroup(layers=(0,), kv_heads=2, head_dim=4),))
-    ids = token_list(40)
-    with opened(tmp_path_factory.mktemp("turned") / "s") as db:
-        writer = db.writer(
-            identity=identity(), fidelity="exact", geometry=geometry, parent=None, start=0, capacity=3, codec=Turned()
-        )
-        keys, values = model_kv(geometry, ids, 0, 40)[0]
-        writer.append(0, keys, values)
-        segment, reader = db.commit(writer, ids).segment, kind()
-        db.put_sequence(segment, 40)
-        out = np.empty((2, 1, 16, 4), "<f2")
-        reader.read(segment, 0, np.array([5]), out)
-        assert np.array_equal(out[0, 0, :8], keys[1, 32:])
-        assert np.array_equal(out[1, 0, :8], values[1, 32:])
+    """As the codec itself decodes what it makes of the records; tokens that pad the last chunk count for nothing."""
+    plan, ids, geometry = CodecPlan.parse(codec), token_list(tokens), TWO_GROUPS
+    with opened(tmp_path_factory.mktemp("coded") / "s") as db:
+        writer = write_segment(db, ids, geometry=geometry, fidelity=codec, codec=plan, spare=1)
+        segment, reader = db.commit(writer, ids).segment, kind("always")
+        asked = 0
+        for layer, kv in model_kv(geometry, ids, 0, tokens, salt=codec).items():
+            g, of_layer = geometry.groups[geometry.locate(layer)[0]], plan.of(layer)
+            chunks = geometry.chunks(tokens)
+            padded = np.concatenate((kv, np.repeat(np.array(kv)[:, :, -1:], chunks * 16 - tokens, 2)), 2)
+            by_record = padded.reshape(2, g.kv_heads, chunks, 16, g.head_dim).transpose(2, 1, 0, 3, 4)
+            rows = of_layer.encode(by_record.reshape(-1, 2, 16, g.head_dim), geometry.dtype)
+            records = np.array(data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8)), np.int64)
+            expected, found = np.empty((2, 2, len(records), 16, g.head_dim), geometry.storage_dtype)
+            of_layer.decode(rows, records, expected, geometry.dtype)
+            reader.read(segment, layer, records, found)
+            ends = records // g.kv_heads == chunks - 1
+            real = np.ones((len(records), 16), bool)
+            real[ends, (tokens - 1) % 16 + 1 :] = False
+            assert np.array_equal(found[:, real].view(np.uint8), expected[:, real].view(np.uint8))
+            asked += len(records) * rows.shape[1]
+        assert reader.bytes_read == asked
         reader.close()

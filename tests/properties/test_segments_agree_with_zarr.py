@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, finite_kv, geometries, seeds
 
 from kvdb import Geometry, LayerGroup
+from kvdb.codecs import CodecPlan
 from kvdb.segments import Segment
 
 
@@ -114,6 +115,30 @@ def test_abstracts_are_arrays_of_their_own(library: Any, tmp_path: Path) -> None
             assert np.array_equal(found[row], reader.abstract(segment, "box", layer))
             keys = model_kv(geometry, tokens, 0, 50, salt="exact")[layer][0]
             assert np.array_equal(found[row, 3, :, 0], keys[:, 48:].min(axis=1))
+
+
+@every_library
+@pytest.mark.parametrize("codec", ["int4", "planes:bits=6+int8", "int8;1=raw"])
+def test_records_of_a_codec_are_rows_of_bytes(library: Any, codec: str, tmp_path: Path) -> None:
+    geometry = Geometry(
+        dtype="bfloat16", chunk_tokens=16, groups=(LayerGroup(layers=(0, 1, 3), kv_heads=5, head_dim=80),)
+    )
+    tokens, plan = token_list(1_003), CodecPlan.parse(codec)
+    with opened(tmp_path / "s") as db:
+        writer = write_segment(db, tokens, geometry=geometry, fidelity=codec, codec=plan, spare=21)
+        segment, reader = db.commit(writer, tokens).segment, db.reader()
+        kv = model_kv(geometry, tokens, 0, 1_003, salt=codec)
+        for index, group in enumerate(segment.info.geometry.groups):
+            found = library(segment.folder / f"{segment.info.segment}.kv{index}")
+            for row, layer in enumerate(group.layers):
+                if plan.of(layer).stored_as_is:
+                    assert found[row, :, 0].tobytes() == np.ascontiguousarray(kv[layer][0]).tobytes()
+                    continue
+                assert found.shape == (len(group.layers), 1, 63, 5, plan.of(layer).row_bytes(16, 80, "bfloat16"))
+                rows = reader.rows(segment, layer, np.arange(63 * 5))
+                assert np.array_equal(found[row, 0].reshape(rows.shape), rows)
+        reader.close()
+        assert db.check() == []
 
 
 @every_library

@@ -17,7 +17,7 @@ from strategies import geometries, seeds
 
 from kvdb import format
 from kvdb.abstracts import ABSTRACTS
-from kvdb.codecs import Raw
+from kvdb.codecs import RAW
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.format import CodecSpec, SegmentInfo
 from kvdb.geometry import Geometry
@@ -101,7 +101,7 @@ def test_every_flipped_bit_changes_the_digest(seed: int, bit: int) -> None:
 def test_parsing_inverts_building_metadata(geometry: Geometry) -> None:
     info = info_of(geometry)
     for group in range(len(geometry.groups)):
-        data = format.kv_metadata(info, identity(), group, Raw(), {"digests": (0, 8, "00")})
+        data = format.kv_metadata(info, identity(), group, RAW.usual, {"digests": (0, 8, "00")})
         found = format.parse_kv_metadata(data, "here")
         assert (found.info, found.identity, found.group, found.format) == (info, identity(), group, 0)
         assert list(found.sections) == ["digests"]
@@ -138,7 +138,7 @@ def test_a_cipher_is_only_written_where_there_is_one() -> None:
     assert msgspec.to_builtins(encrypted)["cipher"] == "aes"
 
 
-METADATA = format.kv_metadata(info_of(SMALL), identity(), 0, Raw(), {"digests": (0, 8, "00")})
+METADATA = format.kv_metadata(info_of(SMALL), identity(), 0, RAW.usual, {"digests": (0, 8, "00")})
 
 
 @given(st.integers(0, len(METADATA) - 1), st.integers(0, 7))

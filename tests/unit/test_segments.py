@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,10 +28,10 @@ from strategies import geometries
 
 from kvdb import KVDB, Geometry, LayerGroup
 from kvdb.abstracts import ABSTRACTS
-from kvdb.codecs import Raw
-from kvdb.errors import InvalidInput, Unsupported
+from kvdb.codecs import RAW, CodecPlan
+from kvdb.errors import Damaged, InvalidInput, Unsupported
 from kvdb.format import CodecSpec
-from kvdb.segments import SegmentWriter, codec_of, new_segment_id, reserved_bytes
+from kvdb.segments import SegmentWriter, codecs_of, new_segment_id, reserved_bytes
 
 
 def writer_of(db: KVDB, geometry: Geometry = SMALL, capacity: int = 4, **changes: object) -> SegmentWriter:
@@ -175,7 +176,36 @@ def test_a_segment_of_a_cipher_or_codec_that_is_not_known_is_refused(tmp_path: P
     unknown = {"cipher": "rot13", "codec": CodecSpec(name="zip"), "abstracts": ("median",)}
     for field, value in unknown.items():
         with pytest.raises(Unsupported, match="upgrade kvdb"):
-            codec_of(msgspec.structs.replace(info, **{field: value}))
+            codecs_of(msgspec.structs.replace(info, **{field: value}))
+
+
+WRONG_SPECS: list[Any] = [
+    {},
+    {"groups": []},
+    {"groups": [None]},
+    {"groups": "int4"},
+    {"groups": [{"key": {"name": "raw", "config": {}}}]},
+    {"groups": [{"key": {"name": "int4", "config": {"axis": 7}}, "value": {"name": "raw", "config": {}}}]},
+    {"groups": [{"key": {"name": "zip", "config": {}}, "value": {"name": "raw", "config": {}}}]},
+    {"groups": [RAW.usual.spec()] * 2},
+    {"groups": [RAW.usual.spec()], "more": 1},
+]
+
+
+@pytest.mark.parametrize("config", WRONG_SPECS, ids=str)
+def test_codecs_that_no_version_writes_are_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    with opened(tmp_path / "s") as db:
+        info = extend(db, token_list(16)).last.info
+    with pytest.raises((Unsupported, Damaged), match=info.segment):
+        codecs_of(msgspec.structs.replace(info, codec=CodecSpec(name="groups", config=config)))
+
+
+def test_a_lossy_codec_is_never_exact(tmp_path: Path) -> None:
+    with (
+        opened(tmp_path / "s") as db,
+        pytest.raises(InvalidInput, match="fidelity 'exact' with codec int4, expected a lossless"),
+    ):
+        write_segment(db, token_list(16), codec=CodecPlan.parse("int4"))
 
 
 MANY_LAYERS = Geometry(
@@ -192,5 +222,9 @@ def test_a_writer_never_takes_more_room_than_it_reserved(
         for tokens in (1, 16, 33, 300):
             writer = write_segment(db, token_list(tokens), geometry=geometry, abstracts=abstracts)
             entry = writer.seal(token_list(tokens))
-            assert 0 < entry.disk_bytes <= reserved_bytes(geometry, Raw(), abstracts, geometry.chunks(tokens))
+            assert (
+                0
+                < entry.disk_bytes
+                <= reserved_bytes(geometry, (RAW.usual,) * len(geometry.groups), abstracts, geometry.chunks(tokens))
+            )
             writer.discard()
