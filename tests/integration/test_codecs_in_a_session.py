@@ -166,7 +166,7 @@ def test_numbers_that_a_codec_cannot_keep_are_named_and_nothing_is_lost(db: KVDB
         kept = weight.data.clone()
         try:
             weight.data[0, 0] = float("inf")
-            with pytest.raises(NotFinite, match="expected finite numbers|not finite|inf"):
+            with pytest.raises(NotFinite, match="inf"):
                 kv.save(kv.cache(ids), name="after")
         finally:
             weight.data.copy_(kept)
