@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvdb.tools.bench import append, cold, commit, decode, gather, reuse, scale, selection, verify
+from kvdb.tools.bench import append, codecs, cold, commit, decode, gather, recoded, reuse, scale, selection, verify
 from kvdb.tools.bench.setup import RESULTS
 from kvdb.tools.evaluate.command import evaluate
 
@@ -11,6 +11,8 @@ def run() -> None:
     """Run them one after the other, so that none disturbs another."""
     reuse.run()
     decode.run()
+    codecs.run()
+    recoded.run()
     selection.run()
     RESULTS.mkdir(parents=True, exist_ok=True)
     evaluate(stats=RESULTS / "eval.json", plot=RESULTS / "eval.svg")
