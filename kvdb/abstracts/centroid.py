@@ -15,8 +15,8 @@ from typing import ClassVar, Final, NamedTuple
 import numpy as np
 
 from kvdb.abstracts.base import Abstract, Array, Form
-from kvdb.abstracts.centroid_build import LARGEST, SMALLEST, order_by_likeness
-from kvdb.geometry import Geometry, div_ceil
+from kvdb.abstracts.centroid_build import LARGEST, SMALLEST, cluster
+from kvdb.geometry import Geometry
 
 BLOCK_TOKENS: Final = 1024
 """Tokens that share clusters: as many as leave a tail at a time."""
@@ -91,16 +91,16 @@ def unpack(rows: Array, head_dim: int) -> Clusters:
 def _summarise(keys: Array, values: Array, size: int, rows: Clusters) -> None:
     """Fill the rows of one KV head's part of a block. keys, values (tokens, head_dim) float32; size: of a cluster."""
     keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
-    known = np.flatnonzero((np.abs(keys).max(1) <= LARGEST) & (np.abs(values).max(1) <= LARGEST))
+    known = np.arange(len(keys))
+    if not np.maximum(np.abs(keys).max(), np.abs(values).max()) <= LARGEST:
+        known = np.flatnonzero((np.abs(keys).max(1) <= LARGEST) & (np.abs(values).max(1) <= LARGEST))
     if not len(known):
         return
-    order = order_by_likeness(keys, known, size)
-    used, full = div_ceil(len(order), size), len(order) // size
-    for vectors, in_8_bits, scales in ((keys, rows.keys, rows.key_scales), (values, rows.values, rows.value_scales)):
-        means = np.empty((used, keys.shape[1]), np.float32)
-        vectors[order[: full * size]].reshape(full, size, keys.shape[1]).mean(1, out=means[:full])
-        if full < used:
-            vectors[order[full * size :]].mean(0, out=means[full])
+    order, *both = cluster(keys, values, known, size)
+    used = len(both[0])
+    for means, in_8_bits, scales in zip(
+        both, (rows.keys, rows.values), (rows.key_scales, rows.value_scales), strict=True
+    ):
         scales[:used] = np.abs(means).max(1) / np.float32(127)
         in_8_bits[:used] = np.rint(means / np.maximum(scales[:used, None], SMALLEST))
     members = np.full(used * size, len(keys))

@@ -1,4 +1,4 @@
-"""`kvdb.abstracts.centroid_build.halve_in_numpy`, compiled: the keys of a part move together, so that each pass over them is in a row."""
+"""`kvdb.abstracts.centroid_build.cluster_in_numpy`, compiled: the keys of a part move together, so that each pass over them is in a row."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from kvdb.abstracts import centroid_build
 from kvdb.abstracts.centroid_build import SMALLEST, TURNS
 from kvdb.compiled import compiled, stamp
 
-_SIGNATURE: Final = "void(float32[:, ::1], int64[::1], int64)"
+_SIGNATURE: Final = "void(float32[:, ::1], float32[:, ::1], int64[::1], int64, float32[:, ::1], float32[:, ::1])"
 _FAST: Final = {"reassoc", "contract", "nsz"}
 
 
-def kernel() -> Callable[[Any, Any, int], None]:
-    return compiled(_halve_of(stamp(centroid_build)), _SIGNATURE, fastmath=_FAST, error_model="numpy", nogil=True)
+def kernel() -> Callable[[Any, Any, Any, int, Any, Any], None]:
+    return compiled(_cluster_of(stamp(centroid_build)), _SIGNATURE, fastmath=_FAST, error_model="numpy", nogil=True)
 
 
-def _halve_of(made_of: int) -> Callable[[Any, Any, int], None]:
+def _cluster_of(made_of: int) -> Callable[[Any, Any, Any, int, Any, Any], None]:
     """made_of: see `stamp`."""
 
-    def halve(keys: Any, order: Any, size: int) -> None:
+    def cluster(keys: Any, values: Any, order: Any, size: int, mean_keys: Any, mean_values: Any) -> None:
         if made_of < 0:
             return
         count, dim = len(order), keys.shape[1]
@@ -92,5 +92,17 @@ def _halve_of(made_of: int) -> Callable[[Any, Any, int], None]:
                     points[i, d] = moved[i, d]
             todo.append((start, middle))
             todo.append((middle, stop))
+        for number in range(len(mean_keys)):
+            first, last = number * size, min(count, (number + 1) * size)
+            for d in range(dim):
+                mean_keys[number, d] = mean_values[number, d] = np.float32(0)
+            for i in range(first, last):
+                token = order[i]
+                for d in range(dim):
+                    mean_keys[number, d] += keys[token, d]
+                    mean_values[number, d] += values[token, d]
+            for d in range(dim):
+                mean_keys[number, d] /= np.float32(last - first)
+                mean_values[number, d] /= np.float32(last - first)
 
-    return halve
+    return cluster

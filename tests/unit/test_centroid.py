@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from kvdb.abstracts import Centroid, Sketch
 from kvdb.abstracts.centroid import BLOCK_TOKENS, NOBODY, unpack
-from kvdb.abstracts.centroid_build import halve_in_numpy, order_by_likeness
+from kvdb.abstracts.centroid_build import cluster, cluster_in_numpy
 from kvdb.runtime.selection import Budget, CentroidSelector, Forced, Plan, Resident, Scores, centroid_sums
 from kvdb.runtime.selection.centroid import Clusters
 from kvdb.runtime.selection.centroid_sums import of_unread
@@ -218,10 +218,12 @@ def test_keys_that_lie_together_come_into_one_cluster() -> None:
     rng = np.random.default_rng(1)
     kinds = np.arange(1024) % 16
     keys = (10 * rng.normal(size=(16, 32))[kinds] + rng.normal(size=(1024, 32)) / 10).astype(np.float32)
-    order, by_numpy = order_by_likeness(keys, np.arange(1024), 16), np.arange(1024)
-    halve_in_numpy(keys, by_numpy, 16)
-    assert all(len(set(kinds[cluster])) == 1 for cluster in order.reshape(-1, 16))
-    assert np.array_equal(order, by_numpy)
+    order, *means = cluster(keys, -keys, np.arange(1024), 16)
+    assert all(len(set(kinds[members])) == 1 for members in order.reshape(-1, 16))
+    in_order, by_numpy = np.arange(1024), np.empty((2, 64, 32), np.float32)
+    cluster_in_numpy(keys, -keys, in_order, 16, *by_numpy)
+    assert np.array_equal(order, in_order)
+    assert np.allclose(means, by_numpy, rtol=1e-5, atol=1e-5)
 
 
 @given(shapes, seeds, st.data())
