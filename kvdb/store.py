@@ -634,7 +634,8 @@ class KVDB:
         """Store one sequence with another codec; returns how many segments were written anew.
 
         Its KV is decoded and encoded, and is from then on of the fidelity of a lossy codec; back to a lossless one it stays so. What
-        others share stays as it is, for them. If this fails or is interrupted, the sequence is what it was.
+        others share stays as it is, for them; a live cache that goes on from it can still be read, but not be saved. If this fails or is
+        interrupted, the sequence is what it was.
 
         raises  SequenceNotFound, StorageFull, Damaged, ReadOnly; InvalidInput for a codec that does not fit; NotFinite for KV that a
                 lossy codec cannot keep

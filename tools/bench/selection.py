@@ -1,4 +1,4 @@
-"""What choosing costs: scoring and planning for one decoding step of the whole model, by length and selector.
+"""What choosing costs: scoring, planning and estimating what is not read, for one decoding step of the whole model, by length and selector.
 
     python -m kvdb.tools.bench.selection --tokens 8192 --tokens 32768
     python -m kvdb.tools.bench.selection --tokens 131072 --budget 2048 --shape 32x8x4x128 --selector sketch
@@ -24,13 +24,14 @@ from torch import Tensor
 
 from kvdb.abstracts import ABSTRACTS
 from kvdb.geometry import CHUNK_TOKENS, div_ceil
-from kvdb.runtime.selection import BoxSelector, Budget, Forced, Resident, Selector, SketchSelector
+from kvdb.runtime.selection import BoxSelector, Budget, CentroidSelector, Forced, Resident, Selector, SketchSelector
 from kvdb.tools.bench.setup import document_ids, median, real_model, write_result
 
 REAL_TOKENS = 4096
 SELECTORS: dict[str, Selector] = {
     "box": BoxSelector(),
     "sketch": SketchSelector(),
+    "centroid": CentroidSelector(),
     "sketch, 6 times": SketchSelector(least=1),
     "sketch, ranges": SketchSelector(least=1, opened=0.4),
     "sketch, all codes": SketchSelector(margin=math.inf),
@@ -49,12 +50,14 @@ def run(
 ) -> None:
     """Median milliseconds per step, all layers together, and bytes that stay in memory. The first selector is the baseline."""
     torch.set_num_threads(threads)
-    keys, queries = _real()
+    keys, values, queries = _real()
     if shape:
-        keys, queries = _reshaped(keys, queries, *map(int, shape.split("x")))
+        sizes = [int(size) for size in shape.split("x")]
+        values, _ = _reshaped(values, queries, *sizes)
+        keys, queries = _reshaped(keys, queries, *sizes)
     chosen = {name: SELECTORS[name] for name in selector or SELECTORS}
     lengths = tokens or (8192, 32768, 131072)
-    rows = [row for length in lengths for row in _measure(keys, queries, chosen, length, budget, steps)]
+    rows = [row for length in lengths for row in _measure(keys, values, queries, chosen, length, budget, steps)]
     table = Table(
         "tokens",
         "selector",
@@ -74,8 +77,8 @@ def run(
     )
 
 
-def _real() -> tuple[list[Tensor], list[Tensor]]:
-    """Per layer: keys (kv_heads, tokens, head_dim), and scaled queries (kv_heads, group, head_dim) of the next token."""
+def _real() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Per layer: keys and values (kv_heads, tokens, head_dim), and scaled queries (kv_heads, group, head_dim) of the next token."""
     loaded = real_model()
     model: Any = loaded.model
     ids = document_ids(loaded, REAL_TOKENS + 1)
@@ -91,8 +94,9 @@ def _real() -> tuple[list[Tensor], list[Tensor]]:
     for hook in hooks:
         hook.remove()
     keys = [layer.keys[0, :, :REAL_TOKENS].float() for layer in past.layers]
+    values = [layer.values[0, :, :REAL_TOKENS].float() for layer in past.layers]
     heads, dim = keys[0].shape[0], keys[0].shape[2]
-    return keys, [(q * dim**-0.5).view(heads, -1, dim) for q in found]
+    return keys, values, [(q * dim**-0.5).view(heads, -1, dim) for q in found]
 
 
 def _reshaped(
@@ -113,13 +117,22 @@ def _reshaped(
 
 
 def _measure(
-    keys: list[Tensor], queries: list[Tensor], selectors: dict[str, Selector], tokens: int, budget: int, steps: int
+    keys: list[Tensor],
+    values: list[Tensor],
+    queries: list[Tensor],
+    selectors: dict[str, Selector],
+    tokens: int,
+    budget: int,
+    steps: int,
 ) -> list[dict[str, Any]]:
     first = next(iter(selectors))
     chunks = tokens // CHUNK_TOKENS
     rule, forced = Budget.of(budget), Forced.of(CHUNK_TOKENS)
     take = rule.look_at(chunks, CHUNK_TOKENS)
-    resident = {name: [_tiled(selector, k, chunks) for k in keys] for name, selector in selectors.items()}
+    resident = {
+        name: [_tiled(selector, *kv, chunks) for kv in zip(keys, values, strict=True)]
+        for name, selector in selectors.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in selectors}
     ranges = dict.fromkeys(selectors, 0)
     for step in range(steps + 1):
@@ -128,7 +141,8 @@ def _measure(
             evaluated = 0
             for q, kept in zip(queries, resident[name], strict=True):
                 scores = selector.score(q, kept, take)
-                rule.plan(scores, take, forced, q.new_zeros(q.shape[:2]), _unread)
+                plan = rule.plan(scores, take, forced, q.new_zeros(q.shape[:2]), _unread)
+                selector.estimate(q, kept, scores, plan)
                 evaluated += scores.evaluated
             if step:  # the first one compiles and warms up
                 times[name].append(time.perf_counter() - started)
@@ -143,13 +157,13 @@ def _measure(
     ]  # fmt: skip
 
 
-def _tiled(selector: Selector, keys: Tensor, chunks: int) -> Resident:
+def _tiled(selector: Selector, keys: Tensor, values: Tensor, chunks: int) -> Resident:
     heads, tokens, dim = keys.shape
     times, stored = div_ceil(chunks, tokens // CHUNK_TOKENS), {}
     for name, planes in selector.abstracts.items():
         kind = ABSTRACTS[name]
-        by_chunk = keys.view(heads, tokens // CHUNK_TOKENS, CHUNK_TOKENS, dim).numpy()
-        once = kind.build(by_chunk, tokens, "float32")[:planes]
+        k, v = (vectors.reshape(heads, tokens // CHUNK_TOKENS, CHUNK_TOKENS, dim).numpy() for vectors in (keys, values))
+        once = kind.build(k, tokens, "float32", v)[:planes]
         stored[name] = kind.load(np.tile(once, (1, times, 1, 1))[:, :chunks].copy(), dim, "float32")
     return selector.prepare(stored, CHUNK_TOKENS, dim)
 
