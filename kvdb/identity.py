@@ -18,7 +18,9 @@ from kvdb.errors import InvalidInput
 TENSOR_SEMANTICS = "kv-after-rope/1"
 """Version of what stored tensors mean: keys after RoPE, token order, [kv_heads, tokens, head_dim]."""
 
-_LONGEST_FIDELITY = 64
+MIXED = "mixed"
+"""Fidelity of KV that was computed and stored in more ways than can be named."""
+_LONGEST_FIDELITY, _LONGEST_PART = 64, 31
 EXACT = "exact"
 """Fidelity of KV that dense attention computed from exact KV and a lossless codec stored."""
 
@@ -65,14 +67,17 @@ def tagged_digest(fields: Mapping[str, str]) -> bytes:
 
 
 def joined_fidelity(fidelity: str, more: str) -> str:
-    """The fidelity of KV that both descriptions say something of: their parts, each once, separated by spaces. What is too long to be one
-    is cut, with a digest of the whole."""
-    parts = dict.fromkeys(part for part in (*fidelity.split(" "), *more.split(" ")) if part != EXACT)
+    """The fidelity of KV that both descriptions say something of: their parts, each once, separated by spaces. A long part is cut, with a
+    digest of the whole; where there are too many, all that is left to say is `MIXED`. Joining again changes nothing."""
+    parts = dict.fromkeys(_short(part) for part in (*fidelity.split(" "), *more.split(" ")) if part != EXACT)
     whole = " ".join(parts) or EXACT
-    if len(whole) <= _LONGEST_FIDELITY:
-        return whole
-    digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
-    return f"{whole[: _LONGEST_FIDELITY - 17]}~{digest}"
+    return MIXED if MIXED in parts or len(whole) > _LONGEST_FIDELITY else whole
+
+
+def _short(part: str) -> str:
+    if len(part) <= _LONGEST_PART:
+        return part
+    return f"{part[: _LONGEST_PART - 17]}~{hashlib.sha256(part.encode()).hexdigest()[:16]}"
 
 
 def check_fidelity(fidelity: str) -> str:

@@ -9,72 +9,125 @@ and one transaction then leads it, with its name, its pin and its age, to the ne
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 from kvdb import entries
-from kvdb.codecs import CodecPlan
+from kvdb.codecs import RAW, CodecPlan
 from kvdb.entries import Sequence, Span
-from kvdb.errors import Damaged, NotFinite, SequenceNotFound
+from kvdb.errors import Damaged, InvalidInput, NotFinite, SequenceNotFound
 from kvdb.format import SegmentInfo
 from kvdb.geometry import Geometry, LayerGroup, div_ceil
-from kvdb.identity import joined_fidelity
+from kvdb.identity import EXACT, joined_fidelity
 from kvdb.reader import READERS, Reader
 from kvdb.segments import Segment, SegmentWriter, codec_of, codecs_of
 
 if TYPE_CHECKING:
     from kvdb.store import KVDB
 
+_LONGEST_S: Final = 6 * 3600.0
+"""What a run that was killed leaves behind goes after so many seconds."""
+
+
+class _Piece(NamedTuple):
+    """Tokens [start, stop) of a segment, and what shall store them."""
+
+    segment: Segment
+    start: int
+    stop: int
+    codec: CodecPlan
+
 
 def recode(db: KVDB, name_or_key: str, codec: CodecPlan) -> int:
     """See `KVDB.recode`."""
+    while True:
+        with db.catalog.begin() as txn:
+            sequence = txn.sequence(name_or_key)
+            segments = [Segment.stored(entry, db.path / "chunks") for entry in txn.span_entries(sequence.spans)]
+        try:
+            return _recode(db, sequence, segments, codec)
+        except Damaged:
+            if db.holds(sequence.spans) and db.agrees(segments):
+                raise  # and not merged, deleted or given other abstracts meanwhile
+
+
+def _recode(db: KVDB, sequence: Sequence, segments: list[Segment], codec: CodecPlan) -> int:
     with db.catalog.begin() as txn:
-        sequence = txn.sequence(name_or_key)
-        segments = [Segment.stored(entry, db.path / "chunks") for entry in txn.span_entries(sequence.spans)]
-        identity = txn.identity(sequence.identity)
+        identity, now = txn.identity(sequence.identity), txn.now()
     if identity is None:
         raise Damaged(f"identity {sequence.identity}: not in the catalog, expected it; run 'kvdb repair'")
     done = 0  # spans at the beginning that are stored so already
-    while done < len(segments) and _plan(segments[done].info) == _fitting(codec, segments[done].info):
+    while done < len(segments) and _settled(segments[done].info, codec):
         done += 1
     if done == len(segments):
         return 0
     last, temporary = segments[done - 1] if done else None, None
-    tokens = db.tokens(sequence.spans)
+    source, tokens = segments[-1].info.segment, db.tokens(sequence.spans)
+    left = _LONGEST_S if sequence.expires is None else min(_LONGEST_S, max(1.0, sequence.expires - now))
+    pieces = [
+        p
+        for span, segment in zip(sequence.spans[done:], segments[done:], strict=True)
+        for p in _pieces(segment, span, codec)
+    ]
     reader = READERS[db.read_mode]("always")
     try:
-        for span, segment in zip(sequence.spans[done:], segments[done:], strict=True):
-            info, start = segment.info, segment.info.start + span.start
-            count = span.stop - span.start
+        for piece in pieces:
+            info, start = piece.segment.info, piece.segment.info.start + piece.start
             writer = db.writer(
                 identity=identity,
-                fidelity=info.fidelity if codec.lossless else joined_fidelity(info.fidelity, str(codec)),
+                fidelity=_fidelity(info, codec),
                 geometry=_merged(info.geometry),
                 parent=None if last is None else last.info.segment,
                 start=start,
-                capacity=info.geometry.chunks(count),
-                codec=codec,
+                capacity=info.geometry.chunks(piece.stop - piece.start),
+                codec=piece.codec,
                 abstracts=info.abstracts,
+                keep=[source, *([] if last is None else [last.info.segment])],
             )
             try:
-                _copy(reader, writer, segment, span)
+                _copy(reader, writer, piece)
             except BaseException:
                 db.abandon(writer)
                 raise
-            reader.forget(info.segment)
-            last, temporary = db.commit(writer, tokens[start : start + count], model=sequence.model, replaces=temporary)
+            ids = tokens[start : start + piece.stop - piece.start]
+            # On disk before what it replaces goes, however the store was opened.
+            last, key = db.commit(
+                writer, ids, model=sequence.model, replaces=temporary, ttl_s=left, durable=True, keep=[source]
+            )
+            temporary = key if last.info.segment == writer.info.segment else None  # else it is somebody's own
         assert last is not None
-        assert temporary is not None
         _lead(db, sequence, last, temporary)
     except BaseException:
         if temporary is not None:
-            with contextlib.suppress(SequenceNotFound):
+            with contextlib.suppress(SequenceNotFound, InvalidInput):
                 db.delete(temporary)
         raise
     finally:
         reader.close()
     return len(segments) - done
+
+
+def _settled(info: SegmentInfo, codec: CodecPlan) -> bool:
+    """Whether a segment needs no other codec. A started chunk is never stored with a lossy one."""
+    started = not codec.lossless and info.tokens < info.geometry.chunk_tokens
+    return _plan(info) == (RAW if started else _fitting(codec, info))
+
+
+def _pieces(segment: Segment, span: Span, codec: CodecPlan) -> list[_Piece]:
+    """What becomes a segment each: whole chunks, and a started one, which a lossy codec would change again at each turn."""
+    whole = span.stop if codec.lossless else segment.info.geometry.grid_floor(span.stop)
+    pieces = [_Piece(segment, span.start, whole, codec), _Piece(segment, whole, span.stop, RAW)]
+    return [piece for piece in pieces if piece.stop > piece.start]
+
+
+def _fidelity(info: SegmentInfo, codec: CodecPlan) -> str:
+    """Of what a segment's KV becomes. Who has lost something to this codec before, and is not stored with it, loses more."""
+    if codec.lossless or _settled(info, codec):
+        return info.fidelity
+    label = joined_fidelity(EXACT, str(codec))
+    again = label in info.fidelity.split(" ")
+    return joined_fidelity(info.fidelity, f"{label} again" if again else label)
 
 
 def _plan(info: SegmentInfo) -> CodecPlan:
@@ -96,38 +149,37 @@ def _merged(geometry: Geometry) -> Geometry:
     return Geometry(dtype=geometry.dtype, chunk_tokens=geometry.chunk_tokens, groups=groups)
 
 
-def _copy(reader: Reader, writer: SegmentWriter, segment: Segment, span: Span) -> None:
-    """Append what a span holds of a segment. A chunk that the span ends in is the only one whose abstracts are made anew."""
-    info, ct = segment.info, segment.info.geometry.chunk_tokens
-    first, chunks = span.start // ct, div_ceil(span.stop - span.start, ct)
-    whole = chunks if span.stop == info.tokens else (span.stop - span.start) // ct
+def _copy(reader: Reader, writer: SegmentWriter, piece: _Piece) -> None:
+    """Append what a piece holds. Abstracts are carried over, but where a piece ends inside a chunk, and where keys that lost something
+    are from now on the keys: what bounds them must be made of them."""
+    info, ct = piece.segment.info, piece.segment.info.geometry.chunk_tokens
+    first, count = piece.start // ct, piece.stop - piece.start
+    chunks = div_ceil(count, ct)
+    cut = piece.stop != info.tokens and count % ct > 0
     for layer in info.geometry.layers:
         group = info.geometry.locate(layer)[0]
-        g, own = info.geometry.groups[group], writer.codecs[writer.info.geometry.locate(layer)[0]]
-        built = {
-            name: reader.stored_abstract(segment, name, layer)[:, first : first + whole] for name in info.abstracts
-        }
+        g, old, new = info.geometry.groups[group], codec_of(info, group), writer.codec_of(layer)
         records = np.arange(first * g.kv_heads, (first + chunks) * g.kv_heads)
-        tokens = min(span.stop, (first + whole) * ct) - span.start
-        if own == codec_of(info, group) and whole:
-            rows = reader.rows(segment, layer, records[: whole * g.kv_heads])
-            writer.append_rows(layer, rows, built, tokens)
-            if whole == chunks:
-                continue
+        built = None
+        if not cut and (old.key.lossless or not new.key.lossless):
+            built = {
+                name: reader.stored_abstract(piece.segment, name, layer)[:, first : first + chunks]
+                for name in info.abstracts
+            }
+        if old == new and built is not None:
+            writer.append_rows(layer, reader.rows(piece.segment, layer, records), built, count)
+            continue
         out = np.empty((2, len(records), ct, g.head_dim), info.geometry.storage_dtype)
-        reader.read(segment, layer, records, out)
+        reader.read(piece.segment, layer, records, out)
         by_head = out.reshape(2, chunks, g.kv_heads, ct, g.head_dim).swapaxes(1, 2)
-        k, v = by_head.reshape(2, g.kv_heads, chunks * ct, g.head_dim)[:, :, : span.stop - span.start]
+        k, v = by_head.reshape(2, g.kv_heads, chunks * ct, g.head_dim)[:, :, :count]
         try:
-            if own != codec_of(info, group) and whole:
-                writer.append(layer, k[:, :tokens], v[:, :tokens], built)
-            if whole < chunks:
-                writer.append(layer, k[:, tokens:], v[:, tokens:])
+            writer.append(layer, k, v, built)
         except NotFinite as e:
             raise NotFinite(f"segment {info.segment}, layer {layer}: {e}") from e
 
 
-def _lead(db: KVDB, sequence: Sequence, last: Segment, temporary: str) -> None:
+def _lead(db: KVDB, sequence: Sequence, last: Segment, temporary: str | None) -> None:
     """Lead a sequence to its new segments, and let go what only it used.
 
     raises  SequenceNotFound where it has gone meanwhile
@@ -139,7 +191,7 @@ def _lead(db: KVDB, sequence: Sequence, last: Segment, temporary: str) -> None:
                 raise SequenceNotFound(
                     f"sequence {sequence.name or sequence.key}: gone meanwhile, expected it; look again with 'kvdb ls'"
                 )
-            if (made := txn.find_sequence(temporary)) is not None:
+            if temporary is not None and (made := txn.find_sequence(temporary)) is not None:
                 txn.remove_sequence(made)
             spans = entries.spans_of(txn.path(last.info.segment), sequence.tokens)
             used = txn.use(sequence.spans[-1].segment)

@@ -26,7 +26,7 @@ from kvdb.entries import SegmentEntry
 from kvdb.errors import Damaged, InvalidInput, Unsupported
 from kvdb.format import CodecSpec, SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
-from kvdb.identity import Identity, check_fidelity
+from kvdb.identity import EXACT, Identity, check_fidelity
 from kvdb.prefix import Tokens
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -82,6 +82,10 @@ def codecs_of(info: SegmentInfo) -> tuple[RecordCodec, ...]:
         raise Unsupported(f"segment {info.segment}: {e}") from e
     except (InvalidInput, TypeError, ValueError) as e:
         raise Damaged(f"segment {info.segment}: codec {config[_BY_GROUP]!r:.200}: {e}; run 'kvdb repair'") from e
+    if info.fidelity == EXACT and not all(codec.lossless for codec in codecs):
+        raise Damaged(
+            f"segment {info.segment}: fidelity {EXACT!r} with a lossy codec, expected another; run 'kvdb repair'"
+        )
     return codecs
 
 
@@ -178,6 +182,9 @@ class SegmentWriter:
     def segment(self) -> Segment:
         """For reading back what is already written, before and after sealing (until `publish` moves it)."""
         return Segment(self.info, self.folder)
+
+    def codec_of(self, layer: int) -> RecordCodec:
+        return self.codecs[self.info.geometry.locate(layer)[0]]
 
     @property
     def capacity_tokens(self) -> int:

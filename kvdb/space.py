@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -31,6 +31,10 @@ _SLACK: Final = 0.05
 
 
 _LOG: Final = logging.getLogger(__name__)
+
+
+Keep = str | Collection[str] | None
+"""Segments that must stay with all before them."""
 
 
 class Evicted(NamedTuple):
@@ -96,10 +100,10 @@ class Space:
 
     # -- making room
 
-    def make_room(self, need: int, *, keep: str | None = None) -> None:
+    def make_room(self, need: int, *, keep: Keep = None) -> None:
         """Evict until `need` more bytes fit under the cap and above the floor. The caller holds the write lock.
 
-        keep    segment whose path must stay
+        keep    segment, or segments, whose paths must stay
         raises  StorageFull when what may go is not enough
         """
         need += _MARGIN
@@ -125,7 +129,7 @@ class Space:
                 "pinned or used KV is left: delete sequences or raise the cap"
             )
 
-    def enforce(self, *, keep: str | None = None) -> list[Sequence]:
+    def enforce(self, *, keep: Keep = None) -> list[Sequence]:
         """Evict what is over the cap, as far as it may go; after every write, since a deletion too adds to the catalog's
         file. What has just been committed is, so a failure is only logged. Returns the sequences that lost KV, as they were.
         """
@@ -143,7 +147,7 @@ class Space:
             _LOG.warning("%s; the cap is kept at the next write", e)
         return lost
 
-    def evict(self, wanted: int, *, named: bool = False, keep: str | None = None) -> Evicted:
+    def evict(self, wanted: int, *, named: bool = False, keep: Keep = None) -> Evicted:
         """Take leaves until `wanted` bytes are free, expired sequences first. A sequence that loses its end is cut.
 
         named  take named sequences too, whole (never pinned ones)
@@ -162,12 +166,13 @@ class Space:
         return Evicted([entry.info for entry in gone], sequences)
 
     def _take_leaves(
-        self, txn: Transaction, wanted: int, *, named: bool, keep: str | None
+        self, txn: Transaction, wanted: int, *, named: bool, keep: Keep
     ) -> tuple[list[SegmentEntry], list[Sequence]]:
         sequences, segments = txn.sequences(), txn.segments()
         stays = [s for s in sequences if s.pinned or (s.name is not None and not named)]
         protected = {span.segment for s in stays for span in s.spans}
-        kept = protected | ({info.segment for info in txn.path(keep)} if keep in segments else set())
+        ends = (keep,) if isinstance(keep, str) else keep or ()
+        kept = protected | {info.segment for end in ends if end in segments for info in txn.path(end)}
         children = Counter(entry.info.parent for entry in segments.values())
         leaves = [
             (self.retention.rank(_leaf(txn, entry)), segment)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -44,7 +44,7 @@ from kvdb.reader import READERS, Reader, Verified
 from kvdb.retention import RETENTION
 from kvdb.segments import Segment, SegmentWriter, new_segment_id, reserved_bytes
 from kvdb.sizes import parse_bytes
-from kvdb.space import Space
+from kvdb.space import Keep, Space
 from kvdb.transaction import Transaction
 
 UNLIMITED: Final = "unlimited"
@@ -399,12 +399,12 @@ class KVDB:
         capacity: int,
         codec: CodecPlan = RAW,
         abstracts: tuple[str, ...] = ("box",),
-        keep: str | None = None,
+        keep: Keep = None,
     ) -> SegmentWriter:
         """Begin a segment of at most `capacity` chunks after `parent`, at position `start`.
 
         codec   what each layer is stored with; KV of a lossy one is not `exact`
-        keep    segment that making room must leave alone, with its ancestors; None: the parent
+        keep    segment, or segments, that making room must leave alone, with their ancestors; None: the parent
         raises  ReadOnly in mode "r"; StorageFull when the cap or the disk has no room for it, even after eviction; InvalidInput for a
                 codec that does not fit the geometry, or a lossy one with fidelity "exact"
         """
@@ -432,19 +432,30 @@ class KVDB:
             )
 
     def commit(
-        self, writer: SegmentWriter, token_ids: Tokens, *, model: str = "", replaces: str | None = None
+        self,
+        writer: SegmentWriter,
+        token_ids: Tokens,
+        *,
+        model: str = "",
+        replaces: str | None = None,
+        ttl_s: float | None = None,
+        durable: bool | None = None,
+        keep: Collection[str] = (),
     ) -> Committed:
         """Seal a segment and make it visible, with the unnamed sequence that ends in it: one transaction, so that nobody
         can take the segment for unused. If another writer has stored the same tokens with the same identity, fidelity and
         codec meanwhile, theirs is adopted and this one discarded.
 
-        token_ids        of the segment
-        model, replaces  as for `put_sequence`
-        raises           PrefixDeleted, StorageFull, StoreLocked, InvalidInput; the writer is discarded then
+        token_ids               of the segment
+        model, replaces, ttl_s  as for `put_sequence`
+        durable                 force the segment to disk, or leave that to the system; None: as the store was opened
+        keep                    segments that must stay under the cap, with their ancestors, beside this one
+        raises                  PrefixDeleted, StorageFull, StoreLocked, InvalidInput; the writer is discarded then
         """
         adopted = None
+        durable = self.durable if durable is None else durable
         try:
-            writer.seal(token_ids, durable=self.durable)
+            writer.seal(token_ids, durable=durable)
             with self.write_transaction() as txn:
                 self._settle_parent(txn, writer)
                 assert writer.entry is not None
@@ -452,19 +463,19 @@ class KVDB:
                 adopted = self._same(txn, entry.info, token_ids)
                 if adopted is None:
                     txn.add_segment(entry, writer.identity, token_ids)  # may refuse: so before any file moves
-                    if not self.durable:
+                    if not durable:
                         txn.mark_unsynced(entry.info.segment, files.moment().boot)
                     txn.count(segments_written=1, tokens_written=entry.info.tokens, bytes_written=entry.disk_bytes)
                 last = adopted or entry
-                key = txn.record(last.info, last.info.stop, model=model, replaces=replaces).key
+                key = txn.record(last.info, last.info.stop, model=model, replaces=replaces, ttl_s=ttl_s).key
                 if adopted is None:
-                    writer.publish(self.path / "chunks", durable=self.durable)
+                    writer.publish(self.path / "chunks", durable=durable)
         except BaseException:
             self.abandon(writer)
             raise
         if adopted is not None:
             writer.discard()
-        self.space.enforce(keep=last.info.segment)
+        self.space.enforce(keep=(last.info.segment, *keep))
         self.space.reap()
         return Committed(Segment.stored(last, self.path / "chunks"), key)
 

@@ -95,6 +95,7 @@ class KVDBCache(Cache):
         )
         self._full_layers = [layer for layer in self.layers if isinstance(layer, FullLayer)]
         self.metered_layers = {layer.stored.index for layer in (self._full_layers[:1] + self._full_layers[-1:])}
+        self._full_indices = tuple(layer.stored.index for layer in self._full_layers)
         self._full_token_bytes = sum(
             2 * layer.stored.group.kv_heads * layer.stored.group.head_dim * dtype.itemsize
             for layer in self._full_layers
@@ -235,7 +236,11 @@ class KVDBCache(Cache):
         else:
             self.metrics.decode_tokens += 1
             self.metrics.decode_bytes_read += read
-            self.metrics.decode_bytes_full += len(self.rows) * self.length * self._full_token_bytes
+            ct = self.geometry.chunk_tokens
+            self.metrics.decode_bytes_full += sum(
+                row.chunk_bytes(self._full_indices) + (self.length - row.sealed_chunks * ct) * self._full_token_bytes
+                for row in self.rows
+            )
         full = [row for row in self.rows if row.full]
         if full:
             self._check_identity()

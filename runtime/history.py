@@ -16,16 +16,17 @@ from torch import Tensor
 
 from kvdb import forks
 from kvdb.abstracts import ABSTRACTS, build_all
-from kvdb.codecs import CodecPlan
+from kvdb.codecs import RAW, CodecPlan
 from kvdb.entries import Span
 from kvdb.errors import Damaged
+from kvdb.format import SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import EXACT, Identity, joined_fidelity
 from kvdb.reader import Reader
 from kvdb.runtime.selection import Resident, Selector
 from kvdb.runtime.staging import Array, Staging, storage_view
 from kvdb.runtime.streaming import WriteBehind
-from kvdb.segments import Segment, SegmentWriter
+from kvdb.segments import Segment, SegmentWriter, row_bytes
 from kvdb.store import KVDB
 
 FLUSH_TOKENS = 1024
@@ -76,10 +77,12 @@ class History:
         self._last: Segment | None = None  # holds the last stored token; may hold no whole chunk of this sequence
         self.stored_tokens = 0
         self._writer: SegmentWriter | None = None
+        self._writing = codec  # of the segment in flight
         self._submitted: dict[int, int] = {}  # layer -> tokens handed to the writer
         self._resident: dict[
             int, tuple[int, Resident]
         ] = {}  # layer -> chunks, and their abstracts in the selector's form
+        self._sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # segment, layers -> stored bytes of a chunk
         self._recorded: str | None = None  # key under which this sequence was last recorded, unnamed
         forks.watch(self)
 
@@ -97,8 +100,20 @@ class History:
         return self.sealed_chunks + self._submitted.get(layer, 0) // self.geometry.chunk_tokens
 
     def stored_bytes(self) -> int:
-        """KV bytes of the sequence on disk."""
-        return self.stored_tokens * self.geometry.token_bytes
+        """Bytes of rows of KV that the sequence has on disk."""
+        started = self.stored_tokens - self.sealed_chunks * self.geometry.chunk_tokens
+        return self.chunk_bytes(self.geometry.layers) + started * self.geometry.token_bytes
+
+    def chunk_bytes(self, layers: tuple[int, ...]) -> int:
+        """Stored bytes of the whole chunks of some layers."""
+        return sum(part.chunks * self._chunk_bytes(part.segment.info, layers) for part in self._sealed)
+
+    def _chunk_bytes(self, info: SegmentInfo, layers: tuple[int, ...]) -> int:
+        key = (info.segment, layers)
+        if key not in self._sizes:
+            groups = [info.geometry.locate(layer)[0] for layer in layers]
+            self._sizes[key] = sum(info.geometry.groups[group].kv_heads * row_bytes(info, group) for group in groups)
+        return self._sizes[key]
 
     @property
     def resident_bytes(self) -> int:
@@ -281,30 +296,33 @@ class History:
         """
         ct = self.geometry.chunk_tokens
         start = self.sealed_chunks * ct + self._submitted.get(layer, 0)
-        extent, fidelity = self._extent(start, tokens)
+        extent, fidelity, codec = self._extent(start, tokens)
         if self._writer is None:
             reserve = max(extent, expected_tokens) if extent == tokens else extent
-            self._begin(start, min(self.geometry.chunks(reserve), SEGMENT_TOKENS // ct), fidelity)
+            self._begin(start, min(self.geometry.chunks(reserve), SEGMENT_TOKENS // ct), fidelity, codec)
         assert self._writer is not None
-        if fidelity != self._writer.info.fidelity:
+        if (fidelity, codec) != (self._writer.info.fidelity, self._writing):
             return 0
         return min(extent, self._writer.capacity_tokens - self._submitted[layer])
 
-    def _extent(self, start: int, tokens: int) -> tuple[int, str]:
-        """Tokens from `start` that one fidelity covers, in whole chunks unless all of them, and that fidelity."""
-        found = EXACT
+    def _extent(self, start: int, tokens: int) -> tuple[int, str, CodecPlan]:
+        """Tokens from `start` that one fidelity and one codec cover, in whole chunks unless all of them, and these."""
+        found, count = EXACT, tokens
         for position, fidelity in self._fidelities:
             if position >= start + tokens:
                 break
             if whole := self.geometry.grid_floor(max(0, position - start)):
-                return whole, self._stored_as(found)
+                count = whole
+                break
             found = fidelity
-        return tokens, self._stored_as(found)
+        if self.codec.lossless:
+            return count, found, self.codec
+        # A started chunk is read back and written again, by each turn that goes on from it: it stays as it is until it is whole.
+        whole, found = self.geometry.grid_floor(count), joined_fidelity(found, str(self.codec))
+        return (whole, found, self.codec) if whole else (count, found, RAW)
 
-    def _stored_as(self, fidelity: str) -> str:
-        return fidelity if self.codec.lossless else joined_fidelity(fidelity, str(self.codec))
-
-    def _begin(self, start: int, capacity: int, fidelity: str) -> None:
+    def _begin(self, start: int, capacity: int, fidelity: str, codec: CodecPlan) -> None:
+        self._writing = codec
         self._writer = self.db.writer(
             identity=self.identity,
             fidelity=fidelity,
@@ -312,7 +330,7 @@ class History:
             parent=self._sealed[-1].segment.info.segment if self._sealed else None,
             start=start,
             capacity=capacity,
-            codec=self.codec,
+            codec=codec,
             abstracts=self.abstracts,
         )
         self._submitted = dict.fromkeys(self.geometry.layers, 0)

@@ -16,7 +16,7 @@ from kvdb.geometry import Geometry, LayerGroup
 
 POLICIES: Final = {"lossless": "raw", "balanced": "planes:bits=6+int8", "small": "int4"}
 """Names for what most people want; docs/design/004-codecs.md has the figures."""
-_MOST_LAYERS: Final = 1 << 16
+_DIGITS: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,9 @@ class CodecPlan:
             layers, equals, codec = exception.partition("=")
             first, _, last = layers.partition("-")
             numbers = (first, last or first)
-            if not equals or not all(n.isascii() and n.isdecimal() and int(n) < _MOST_LAYERS for n in numbers):
-                raise InvalidInput(f"codec {text!r}: {exception!r}, expected LAYER=CODEC or FIRST-LAST=CODEC")
+            known = equals and all(n.isascii() and n.isdecimal() and len(n) < _DIGITS for n in numbers)
+            if not known or int(numbers[0]) > int(numbers[1]):
+                raise InvalidInput(f"codec {text!r:.200}: {exception!r:.80}, expected LAYER=CODEC or FIRST-LAST=CODEC")
             for layer in range(int(numbers[0]), int(numbers[1]) + 1):
                 if layer in found:
                     raise InvalidInput(f"codec {text!r}: layer {layer} twice, expected it once")

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kvdb import KVDB
-from kvdb.codecs import CodecPlan
+from kvdb.codecs import RAW, CodecPlan
 from kvdb.errors import InvalidInput, NotFinite, Unsupported
 from kvdb.runtime import attach
+from kvdb.segments import codec_of
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 TOKENS = 1500
@@ -68,8 +69,10 @@ def test_keys_and_values_lie_as_near_as_the_codec_says(tmp_path: Path, codec: st
             info = segment.info
             g = info.geometry.groups[info.geometry.locate(0)[0]]
             rows = reader.rows(segment, 0, np.arange(info.chunks * g.kv_heads))
+            codecs = codec_of(info, info.geometry.locate(0)[0])
+            assert codecs == (plan if info.tokens >= 16 else RAW).of(0)
             k, v = read_kv(reader, segment, 0, info.tokens)
-            codecs, split = plan.of(0), plan.of(0).key.half_bytes(16, g.head_dim, info.geometry.dtype)
+            split = codecs.key.half_bytes(16, g.head_dim, info.geometry.dtype)
             for found, exact, half, part in (
                 (k, dense.keys, codecs.key, rows[:, :split]),
                 (v, dense.values, codecs.value, rows[:, split:]),
@@ -108,7 +111,7 @@ def test_exact_kv_serves_every_codec_and_what_follows_is_stored_with_it(db: KVDB
         cache = kv.cache(ids)
         assert cache.metrics.reused_tokens == 1200
         kv.save(cache, name="n")
-    assert [s.info.fidelity for s in db.segments(db.sequence("n").spans)] == ["exact", "int8"]
+    assert [s.info.fidelity for s in db.segments(db.sequence("n").spans)] == ["exact", "int8", "int8"]
     with attach(model, db, exact=True) as kv:
         assert kv.match(ids).tokens == 1200
 
@@ -119,7 +122,7 @@ def test_what_was_computed_under_a_budget_says_so_beside_its_codec(db: KVDB) -> 
         cache = kv.cache(ids)
         greedy(model, ids, cache, 40)
         kv.save(cache, name="n")
-    assert [s.info.fidelity for s in db.segments(db.sequence("n").spans)] == ["int8", "budget=0.2 int8"]
+    assert [s.info.fidelity for s in db.segments(db.sequence("n").spans)] == ["int8"] + 2 * ["budget=0.2 int8"]
     with attach(model, db, codec="int8") as kv:
         longer = torch.tensor([cache.tokens[0]])
         assert kv.match(longer).tokens == TOKENS // 16 * 16

@@ -9,6 +9,7 @@ import pytest
 from helpers import (
     TWO_GROUPS,
     Array,
+    assert_abstracts_follow,
     assert_healthy,
     assert_reads_back,
     extend,
@@ -20,7 +21,7 @@ from helpers import (
     write_segment,
 )
 
-from kvdb import KVDB
+from kvdb import KVDB, recode
 from kvdb.codecs import CodecPlan
 from kvdb.errors import InvalidInput, ReadOnly, SequenceNotFound, StorageFull
 from kvdb.geometry import as_float32
@@ -64,11 +65,11 @@ def distance(db: KVDB, name: str, tokens: Array) -> float:
 
 
 def abstracts_of(db: KVDB, name: str) -> list[Array]:
-    reader = db.reader()
+    """Of each abstract and layer, the rows of all chunks."""
+    reader, segments = db.reader(), db.segments(db.sequence(name).spans)
     found = [
-        reader.stored_abstract(segment, abstract, layer)
-        for segment in db.segments(db.sequence(name).spans)
-        for abstract in sorted(segment.info.abstracts)
+        np.concatenate([reader.stored_abstract(segment, abstract, layer) for segment in segments], axis=1)
+        for abstract in sorted(segments[0].info.abstracts)
         for layer in TWO_GROUPS.layers
     ]
     reader.close()
@@ -91,8 +92,9 @@ def test_a_sequence_is_near_to_what_it_was_and_keeps_all_but_its_fidelity(tmp_pa
             assert np.array_equal(one, other)
         assert db.match(identity(), TOKENS).tokens == 0
         assert db.match(identity(), TOKENS, exact=False).tokens == 150
-        assert db.info()["segments"] == 3
-        assert db.info()["disk_bytes"] < size
+        assert [s.info.tokens for s in db.segments(after.spans)] == [64, 64, 16, 6]  # a started chunk stays as it is
+        assert db.info()["segments"] == 4
+        assert ";" in codec or db.info()["disk_bytes"] < size  # groups of their own are arrays of their own
         assert db.recode("n", plan) == 0
         assert_healthy(db)
     with opened(tmp_path / "s") as db:
@@ -119,10 +121,18 @@ def test_back_to_raw_nothing_is_lost_any_more_and_nothing_comes_back(tmp_path: P
         stored(db)
         db.recode("n", CodecPlan.parse("int4"))
         away = distance(db, "n", TOKENS)
-        assert db.recode("n", CodecPlan.parse("raw")) == 3
+        before = abstracts_of(db, "n")
+        assert db.recode("n", CodecPlan.parse("raw")) == 4
         assert distance(db, "n", TOKENS) == away
         assert db.sequence("n").fidelity == "int4"
         assert db.match(identity(), TOKENS).tokens == 0
+        assert any(not np.array_equal(one, other) for one, other in zip(abstracts_of(db, "n"), before, strict=True))
+        reader = db.reader()
+        for segment in db.segments(db.sequence("n").spans):
+            assert_abstracts_follow(reader, segment)  # the keys are others now: what bounds them is made of them
+        reader.close()
+        db.recode("n", CodecPlan.parse("int4"))
+        assert db.sequence("n").fidelity == "int4 again"
         assert_healthy(db)
 
 
@@ -161,7 +171,7 @@ def test_only_what_is_stored_otherwise_is_written(tmp_path: Path) -> None:
         db.put_sequence(db.commit(writer, TOKENS[64:]).segment, 150, name="n")
         assert db.recode("n", plan) == 1
         assert db.sequence("n").spans[0].segment == first.info.segment
-        assert db.sequence("n").fidelity == "int8 x"
+        assert db.sequence("n").fidelity == "int8 x again"
         assert_healthy(db)
 
 
@@ -213,3 +223,77 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
             db.recode("n", CodecPlan.parse("int8;77=raw"))
     with KVDB.open(tmp_path / "s", "r") as db, pytest.raises(ReadOnly):
         db.recode("n", CodecPlan.parse("int8"))
+
+
+def test_a_store_whose_commits_do_not_wait_loses_nothing_that_was_durable(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        stored(db)
+    with KVDB.open(tmp_path / "s", durability="relaxed") as db:
+        db.recode("n", CodecPlan.parse("int8"))
+        with db.catalog.begin() as txn:
+            assert txn.keys_of("unsynced") == []
+
+
+def test_making_room_never_takes_what_is_being_written_anew(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        key = stored(db, name=None)
+        db.set_size_cap(db.space.used_bytes() + 20_000)
+        with pytest.raises(StorageFull):
+            db.recode(key, CodecPlan.parse("int8"))
+        assert_reads_back(db, TOKENS, db.sequence(key).spans)
+        assert_healthy(db)
+
+
+def test_what_a_killed_run_leaves_expires_and_so_does_what_it_was_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path / "s") as db:
+        stored(db)
+        monkeypatch.setattr(recode, "_lead", lambda *args: (_ for _ in ()).throw(SystemExit))
+        monkeypatch.setattr(KVDB, "delete", lambda *args: None)
+        with pytest.raises(SystemExit):
+            db.recode("n", CodecPlan.parse("int8"))
+        (left,) = [s for s in db.sequences() if s.name is None]
+        assert left.expires is not None
+
+
+def test_somebody_elses_sequence_that_is_adopted_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = CodecPlan.parse("int8")
+    with opened(tmp_path / "s") as db:
+        stored(db)
+        writer = write_segment(
+            db, TOKENS[:64], geometry=TWO_GROUPS, fidelity="int8", codec=plan, abstracts=("box", "sketch", "centroid")
+        )
+        theirs = db.commit(writer, TOKENS[:64]).sequence
+        monkeypatch.setattr(recode, "_lead", lambda *args: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            db.recode("n", plan)
+        assert db.sequence(theirs).tokens == 64
+        monkeypatch.undo()
+        db.recode("n", plan)
+        assert_healthy(db)
+
+
+@pytest.mark.parametrize("change", ["abstracts", "delete"])
+def test_another_process_beside_it_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    with opened(tmp_path / "s") as db, KVDB.open(tmp_path / "s", grace_s=0) as other:
+        stored(db)
+        left, real = (
+            [lambda: other.set_abstracts("n", ("box",)) if change == "abstracts" else other.delete("n")],
+            recode._copy,
+        )
+
+        def beside(*args: object) -> None:
+            if left:
+                left.pop()()
+                other.space.reap(now=True)
+            real(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(recode, "_copy", beside)
+        if change == "delete":
+            with pytest.raises(SequenceNotFound):
+                db.recode("n", CodecPlan.parse("int8"))
+        else:
+            assert db.recode("n", CodecPlan.parse("int8")) == 3
+            assert {s.info.abstracts for s in db.segments(db.sequence("n").spans)} == {("box",)}
+        assert_healthy(db)
