@@ -76,7 +76,7 @@ def _recode(db: KVDB, sequence: Sequence, segments: list[Segment], codec: CodecP
             info, start = piece.segment.info, piece.segment.info.start + piece.start
             writer = db.writer(
                 identity=identity,
-                fidelity=_fidelity(info, codec),
+                fidelity=joined_fidelity(EXACT if last is None else last.info.fidelity, _fidelity(info, codec)),
                 geometry=_merged(info.geometry),
                 parent=None if last is None else last.info.segment,
                 start=start,
