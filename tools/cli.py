@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from kvdb import __version__
 from kvdb.errors import InvalidInput
+from kvdb.geometry import CHUNK_TOKENS
 from kvdb.tools import inspect, maintain
 from kvdb.tools.ask import ask as run_ask
 from kvdb.tools.evaluate.command import evaluate
@@ -406,6 +407,16 @@ def eval_(
         list[int] | None,
         typer.Option(min=1, metavar="N", help="Length of each text; may be repeated.", show_default="4000"),
     ] = None,
+    chunk_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of a stored record.")] = CHUNK_TOKENS,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEYS[:SETTING=VALUE,...][+VALUES]",
+            help="How stored KV is encoded: raw, int8, int4, int2, planes, as in planes:bits=6+int8; may be repeated. With --budget "
+            "1.0, what a codec alone costs.",
+            show_default="raw",
+        ),
+    ] = None,
     selector: Annotated[
         list[str] | None,
         typer.Option(
@@ -453,7 +464,7 @@ def eval_(
     stats: Stats = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what selection costs in quality, per byte, against dense attention.
+    """Measure what selection and codecs cost in quality, per byte, against dense attention over exact KV.
 
     On real text and a real model: KL, top-1 agreement, perplexity, greedy tokens until the first other one, pass keys found, and
     the attention mass that was read. *oracle* ranks by the exact keys: no selector can be expected to do better.
@@ -461,6 +472,8 @@ def eval_(
     evaluate(
         model=model,
         tokens=tokens,
+        chunk_tokens=chunk_tokens,
+        codecs=codec,
         selectors=selector,
         budgets=budget,
         thresholds=threshold,

@@ -1,26 +1,31 @@
 """`kvdb eval` as a user meets it, and the judge on the real model.
 
-What must hold: bad input is refused before a model is loaded; the same command gives the same figures; who reads everything
+What must hold: bad input is refused before a model is loaded; the same command gives the same figures; who reads everything, exact,
 loses nothing; boxes do not beat the oracle; who estimates what it does not read is nearer to dense attention; and one pass of the judge is what KVDB decodes.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from helpers import opened
 from tiny_models import save_tiny_llama
+from torch import Tensor
 from typer.testing import CliRunner
 
+from kvdb.codecs import RecordCodec
 from kvdb.runtime.attach import Attachment
 from kvdb.runtime.selection import BoxSelector, Budget, CentroidSelector, SketchSelector
 from kvdb.tools.cli import app
 from kvdb.tools.evaluate.forward import Selecting, forward
 from kvdb.tools.evaluate.judge import Trial, judge
+from kvdb.tools.evaluate.measure import distance
 from kvdb.tools.evaluate.oracle import Oracle
 from kvdb.tools.evaluate.past import Past
 from kvdb.tools.evaluate.report import Row
@@ -61,8 +66,8 @@ def test_every_selector_is_judged_under_every_rule_and_the_figures_come_again(ti
     assert plot.read_text().startswith("<svg")
     assert found["machine"]["torch"] == torch.__version__
     rows = found["rows"]
-    assert {(row["selector"], row["rule"]) for row in rows} == {
-        (selector, rule)
+    assert {(row["codec"], row["selector"], row["rule"]) for row in rows} == {
+        ("raw", selector, rule)
         for selector in ("box", "box:beta=1", "oracle")
         for rule in ("budget=0.1", "budget=1", "mass=0.9", "certified=0.3")
     }
@@ -72,6 +77,7 @@ def test_every_selector_is_judged_under_every_rule_and_the_figures_come_again(ti
             everything = row["rule"] == "budget=1"
             assert (text["kl"] == 0.0) == everything
             assert (text["kv_share"] == 1.0) == everything
+            assert (text["token_bytes"], text["token_share"]) == (2 * 2 * 2 * 8 * 4, 1.0)
             assert text["mass"] <= 1.0 + 1e-6
             if row["rule"] == "certified=0.3":
                 assert text["mass"] >= 0.7
@@ -80,6 +86,34 @@ def test_every_selector_is_judged_under_every_rule_and_the_figures_come_again(ti
             assert [layer["layer"] for layer in text["layers"]] == [0, 1]
     again = json.loads(run(*job, "--json")[1])
     assert again["rows"] == rows
+
+
+def test_every_codec_is_judged_and_what_is_read_are_its_bytes(tiny: Path, tmp_path: Path) -> None:
+    job = (
+        "--model", tiny, "--tokens", TOKENS, "--positions", POSITIONS, "--text", "code", "--threads", 1, "--selector", "box",
+        "--budget", "0.1", "--budget", "1.0", "--needles", 0, "--chunk-tokens", 32, "--json",
+    )  # fmt: skip
+    code, out, err = run(*job, "--codec", "raw", "--codec", "int8+int8", "--codec", "planes:bits=4+int2")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["chunk_tokens"] == 32
+    rows = {(row["codec"], row["rule"]): row["texts"][0] for row in found["rows"]}
+    stored = {  # keys and values of a record
+        "raw": 32 * 8 * 4 + 32 * 8 * 4,
+        "int8": (8 * 4 + 32 * 8) + (32 * 4 + 32 * 8),  # a scale and a minimum by channel, by token
+        "planes:bits=4+int2": (2 * 8 + 4 + 4 * 4 * 8) + (32 * 4 + 8 * 8),
+    }
+    assert set(rows) == {(codec, rule) for codec in stored for rule in ("budget=0.1", "budget=1")}
+    for (codec, rule), text in rows.items():
+        exact = rows["raw", rule]
+        assert text["token_bytes"] == 2 * 2 * stored[codec] / 32  # two layers, two heads
+        assert text["token_share"] == stored[codec] / stored["raw"]
+        assert text["kv_share"] == exact["kv_share"]
+        assert text["kv_bytes"] == pytest.approx(exact["kv_bytes"] * text["token_share"])
+        assert text["abstract_bytes"] == exact["abstract_bytes"]
+        assert (text["kl"] == 0.0) == ((codec, rule) == ("raw", "budget=1"))
+    everything = [rows[codec, "budget=1"]["kl"] for codec in stored]
+    assert everything == sorted(everything)
 
 
 def test_a_table_is_shown_with_every_layer_on_request(tiny: Path) -> None:
@@ -119,12 +153,20 @@ def test_nothing_is_judged_where_nobody_would_select_or_the_model_cannot_follow(
     assert (code, "--tokens 5000: expected at most 4096" in err) == (2, True)
 
 
+def test_a_codec_that_does_not_fit_the_model_is_refused_before_anything_is_computed(tiny: Path) -> None:
+    code, _, err = run("--model", tiny, "--codec", "int4:axis=token,group=12")
+    assert (code, "group is 12, expected it to divide head_dim, 8" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (("--selector", "bag"), "no selector 'bag', expected one of centroid, sketch"),
         (("--selector", "centroid:bits=x"), "bits is 'x', expected a number such as 3"),
         (("--selector", "mean", "--certified", "0.1"), "certified=0.1: selector 'mean' proves no bounds, expected one"),
+        (("--chunk-tokens", "513"), "--chunk-tokens 513: expected 1 to 512"),
+        (("--codec", "bag"), "codec 'bag': 'bag', expected one of ['int2'"),
+        (("--codec", "planes:bits=9"), "codec planes: bits is 9, expected 2 to 8"),
         (("--budget", "1.5"), "--budget 1.5: expected a share"),
         (("--mass", "2"), "mass: 2.0, expected a share"),
         (("--text", "/nowhere.txt"), "document /nowhere.txt: No such file"),
@@ -218,6 +260,64 @@ def test_a_fifth_of_two_thousand_tokens_is_nearly_enough_and_small_records_choos
     for small, large in zip(kls(16), kls(32), strict=True):
         assert 0 < small < large
         assert small <= 0.08
+
+
+class Judged(NamedTuple):
+    """A text's first 2 048 tokens, the 64 that are fed after them, the 64 that follow those, and what dense attention says."""
+
+    past: Past
+    fed: list[int]
+    targets: list[int]
+    dense: Tensor
+
+    def through(self, model: Any, codec: RecordCodec) -> Tensor:
+        """Logits over all KV as a codec gives it back."""
+        return forward(model, self.past.through(codec), self.fed, None).logits
+
+    def kl(self, logits: Tensor) -> float:
+        return distance(self.dense, logits, self.targets).kl
+
+
+@pytest.fixture(scope="module")
+def judged(smollm2: LoadedModel) -> list[Judged]:
+    found = []
+    for name in TEXTS:
+        ids = text_ids(smollm2.tokenizer, name, 2048 + 65)
+        past, fed = Past.of(smollm2.model, ids[:2048], 16), ids[2048:-1]
+        found.append(Judged(past, fed, ids[2049:], forward(smollm2.model, past, fed, None).logits))
+    return found
+
+
+@pytest.mark.real_model
+def test_integers_of_32_tokens_lose_no_more_than_kivis_and_keys_go_by_channel(
+    smollm2: LoadedModel, judged: list[Judged]
+) -> None:
+    """The calibrated bounds of KIVI's claims (arXiv 2402.02750), of every text, with its groups of 32."""
+    codecs = {text: RecordCodec.parse(text) for text in ("int4", "int2", "int2:axis=token")}
+    token_bytes = {text: 30 * 3 * codec.row_bytes(32, 64, "float16") / 32 for text, codec in codecs.items()}
+    assert (token_bytes["int4"], token_bytes["int2"]) == (7_200, 4_320)
+    for text in judged:
+        by_32 = text._replace(past=replace(text.past, chunk_tokens=32))
+        four, two, by_token = (text.kl(by_32.through(smollm2.model, codec)) for codec in codecs.values())
+        assert 0 < four <= 0.02
+        assert four < two <= 0.45
+        assert two < by_token
+
+
+@pytest.mark.real_model
+def test_half_of_the_planes_make_a_draft_that_all_of_them_seldom_correct(
+    smollm2: LoadedModel, judged: list[Judged]
+) -> None:
+    """The calibrated bounds of QuantSpec's claims (arXiv 2502.10424): KL of every text, and tokens of all of them together. A draft
+    reads 4 of 8 bits of the same rows."""
+    codec = RecordCodec.parse("planes:bits=8+planes:bits=8")
+    agreed = []
+    for text in judged:
+        target, draft = (text.through(smollm2.model, each) for each in (codec, codec.at(4)))
+        assert 0 < text.kl(target) <= 1e-3
+        assert text.kl(target) < text.kl(draft) <= 0.05
+        agreed.append(distance(target, draft, text.targets).top1)
+    assert fmean(agreed) >= 0.9
 
 
 @pytest.mark.real_model

@@ -202,26 +202,28 @@ def test_a_needle_without_room_is_refused(tokenizer: Any) -> None:
 def quality(text: str, kl: float) -> Quality:
     layers = [LayerCost(layer=0, mass=0.5, kv_share=0.1)]
     return Quality(
-        text=text, kl=kl, top1=0.9, perplexity_ratio=1.1, same_greedy=3, mass=0.8, mass_estimated=0.7, kv_share=0.1,
-        kv_bytes=1000.0, abstract_bytes=500.0, abstract_bytes_resident=700, evaluated=30.0, layers=layers,
+        text=text, kl=kl, top1=0.9, perplexity_ratio=1.1, same_greedy=3, mass=0.8, mass_estimated=0.7, token_bytes=40.0,
+        token_share=0.25, kv_share=0.1, kv_bytes=1000.0, abstract_bytes=500.0, abstract_bytes_resident=700, evaluated=30.0, layers=layers,
     )  # fmt: skip
 
 
-def report() -> Report:
+def report(*codecs: str) -> Report:
     answers = [Answered(text="code", depth=0.5, answer=" 12345.", found=found) for found in (True, True, False)]
     rows = [
         Row(
             tokens=tokens,
+            codec=codec,
             selector=name,
             rule=rule,
             texts=[quality("code", kl), quality("prose", 3 * kl)],
             needles=answers,
         )
         for tokens in (2000, 4000)
+        for codec in codecs or ("raw",)
         for name in ("a<b", "oracle")
         for rule, kl in (("budget=0.1", 0.02), ("budget=1", 0.0))
     ]
-    return Report(model="m", seed=0, positions=8, greedy_tokens=8, needles_asked=5, rows=rows)
+    return Report(model="m", seed=0, positions=8, chunk_tokens=16, greedy_tokens=8, needles_asked=5, rows=rows)
 
 
 def test_a_row_says_mean_and_spread_over_texts_and_needles_found() -> None:
@@ -230,7 +232,7 @@ def test_a_row_says_mean_and_spread_over_texts_and_needles_found() -> None:
     assert row.spread(lambda text: text.kl) == pytest.approx(math.sqrt(2) * 0.02)
     assert row.found == 2
     assert row.bytes_read == 1500.0
-    single = Row(tokens=1, selector="a", rule="r", texts=row.texts[:1], needles=[])
+    single = Row(tokens=1, codec="raw", selector="a", rule="r", texts=row.texts[:1], needles=[])
     assert single.spread(lambda text: text.kl) == 0.0
 
 
@@ -250,3 +252,11 @@ def test_a_plot_is_well_formed_and_shows_every_point_that_has_a_place() -> None:
     for dot in dots:
         assert 0 <= float(dot.attrib["cx"]) <= width
         assert 0 <= float(dot.attrib["cy"]) <= height
+
+
+def test_a_plot_of_several_codecs_says_which() -> None:
+    root = ElementTree.fromstring(svg(report("raw", "int4")))
+    of = "{http://www.w3.org/2000/svg}"
+    texts = [element.text or "" for element in root.iter(f"{of}text")]
+    assert texts[-4:] == ["raw a<b", "raw oracle", "int4 a<b", "int4 oracle"]
+    assert len(list(root.iter(f"{of}circle"))) == 2 * 4 * (1 + 2) + 4

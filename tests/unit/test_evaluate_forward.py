@@ -1,5 +1,7 @@
 """The judge's one pass over many positions computes what decoding through a store computes, position by position.
 
+And a past goes through a codec as a store's records do, one by one: whole chunks only, and nothing that was there before changes.
+
 The oracles are KVDB itself, with the same selector and stop rule, and the stock model for dense attention. What a pass says it
 cost is compared with what the cache counted.
 """
@@ -10,14 +12,27 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import opened
 from tiny_models import one_thread, prompt, rounding, tiny
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
+from kvdb.codecs import RecordCodec
+from kvdb.geometry import STORAGE_DTYPES, as_float32, from_float32
 from kvdb.runtime.attach import Attachment
-from kvdb.runtime.selection import SELECTORS, Budget, CentroidSelector, Certified, Mass, StopRule
+from kvdb.runtime.selection import (
+    SELECTORS,
+    BoxSelector,
+    Budget,
+    CentroidSelector,
+    Certified,
+    Mass,
+    SketchSelector,
+    StopRule,
+)
 from kvdb.tools.evaluate.forward import Selecting, forward
 from kvdb.tools.evaluate.oracle import Oracle
 from kvdb.tools.evaluate.past import Past
@@ -102,7 +117,7 @@ def test_an_estimate_of_what_is_not_read_changes_the_answer_and_no_read(
     """So the comparison above is one of estimates too."""
     found = [
         forward(model, past, ids[STORED:], Selecting(selector, past.resident(selector), rule))
-        for selector in (CentroidSelector(), CentroidSelector(estimated=0.0))
+        for selector in (CentroidSelector(), SketchSelector())
     ]
     assert (found[0].logits - found[1].logits).abs().max() > 10 * slack
     first = past.layers[0]  # later ones have other queries
@@ -134,3 +149,75 @@ def test_the_layers_that_have_a_window_do_not_select() -> None:
     some = forward(model, past, ids[STORED:], Selecting(Oracle(), past.resident(Oracle()), Budget.of(0.1)))
     assert list(some.costs) == [2]
     assert 0 < some.costs[2].mass < POSITIONS
+
+
+# -- codecs
+
+
+def held(past: Past) -> list[tuple[Tensor, Tensor]]:
+    layers: list[Any] = past.cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def record_by_record(past: Past, codec: RecordCodec, dtype: str) -> list[tuple[Tensor, Tensor]]:
+    """K and V of each layer, every record that is there as a whole encoded alone, and decoded."""
+    found = []
+    for k, v in held(past):
+        keys, values = k.clone(), v.clone()
+        missing = past.tokens - keys.shape[2]
+        for head in range(keys.shape[1]):
+            for start in range(0, past.tokens - past.chunk_tokens + 1, past.chunk_tokens):
+                at = slice(start - missing, start - missing + past.chunk_tokens)
+                if start < missing:
+                    continue
+                record = np.stack([each[0, head, at].float().numpy() for each in (k, v)])
+                rows = codec.encode(from_float32(record[None], dtype), dtype)
+                out = np.empty((2, 1, *record.shape[1:]), STORAGE_DTYPES[dtype])
+                codec.decode(rows, np.array([0]), out, dtype)
+                keys[0, head, at], values[0, head, at] = torch.from_numpy(as_float32(out[:, 0], dtype).copy())
+        found.append((keys, values))
+    return found
+
+
+@pytest.mark.parametrize("codec", ["raw", "int4", "planes:bits=4+int2"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "chunk_tokens"),
+    [
+        ("llama", torch.float32, 16),
+        ("llama", torch.bfloat16, 32),
+        ("gemma3", torch.float32, 16),
+        ("gemma3", torch.float16, 512),
+    ],
+)
+def test_a_past_goes_through_a_codec_record_by_record(
+    architecture: str, dtype: torch.dtype, chunk_tokens: int, codec: str
+) -> None:
+    """Of gemma3's windows of 200 tokens, none holds a whole chunk of 512."""
+    past = Past.of(tiny(architecture, dtype=dtype), prompt(STORED, seed=3)[0].tolist(), chunk_tokens)
+    before = [(k.clone(), v.clone()) for k, v in held(past)]
+    made = RecordCodec.parse(codec)
+    through = past.through(made)
+    for found, expected in zip(held(through), record_by_record(past, made, str(dtype)[6:]), strict=True):
+        assert all(map(torch.equal, found, expected))
+    for after, was in zip(held(past), before, strict=True):
+        assert all(map(torch.equal, after, was))
+    changed = [not all(map(torch.equal, *pair)) for pair in zip(held(through), before, strict=True)]
+    window = (architecture, chunk_tokens) == ("gemma3", 512)
+    assert changed == [codec != "raw" and (layer in past.layers or not window) for layer in range(len(changed))]
+
+
+def test_a_pass_attends_to_what_a_codec_gives_back(model: nn.Module, ids: list[int], past: Past, slack: float) -> None:
+    """Under a rule that reads everything, as without selection: the stock model with that KV in its cache."""
+    through = past.through(RecordCodec.parse("int4"))
+    cache = Cache(layers=[copy.copy(layer) for layer in past.cache.layers])
+    layers: list[Any] = cache.layers
+    for layer, (keys, values) in zip(layers, record_by_record(past, through.codec, "float32"), strict=True):
+        layer.keys, layer.values = keys, values
+    with torch.no_grad():
+        stock = model(input_ids=torch.tensor([ids[STORED:]]), past_key_values=cache).logits[0]
+    selecting = Selecting(BoxSelector(), past.resident(BoxSelector()), Budget.of(1.0))
+    dense = forward(model, past, ids[STORED:], None).logits
+    for how in (None, selecting):
+        found = forward(model, through, ids[STORED:], how).logits
+        assert (found - stock).abs().max() <= slack
+        assert (found - dense).abs().max() > 10 * slack

@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kvdb.codecs import RecordCodec
 from kvdb.errors import InvalidInput
+from kvdb.geometry import CHUNK_TOKENS
 from kvdb.tools.ask import load, parse_budget, read_document
 from kvdb.tools.output import print_json, stderr_console, stdout_console
 from kvdb.tools.progress import steps_bar
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from kvdb.runtime.selection import StopRule
 
 DEFAULT_TOKENS: Final = 4000
+DEFAULT_CODEC: Final = "raw"
 DEFAULT_BUDGETS: Final = ("0.05", "0.1", "0.2")
 
 
@@ -25,6 +28,8 @@ def evaluate(
     *,
     model: str = "smollm2",
     tokens: list[int] | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    codecs: list[str] | None = None,
     selectors: list[str] | None = None,
     budgets: list[str] | None = None,
     thresholds: list[float] | None = None,
@@ -43,6 +48,7 @@ def evaluate(
     """See `kvdb eval --help`. None or nothing in a list: its default; budgets: only where no other rule is given."""
     budgets = budgets or ([] if thresholds or masses or certified else [*DEFAULT_BUDGETS])
     limits = [parse_budget(budget) for budget in budgets]
+    parsed = [RecordCodec.parse(codec) for codec in codecs or [DEFAULT_CODEC]]
     for option, file in (("--stats", stats), ("--plot", plot)):
         if file is not None and not file.parent.is_dir():
             raise InvalidInput(f"{option} {file}: no folder {file.parent}, expected an existing one")
@@ -77,6 +83,8 @@ def evaluate(
         texts=texts or list(TEXTS),
         needles=needles,
         seed=seed,
+        chunk_tokens=chunk_tokens,
+        codecs={str(codec): codec for codec in parsed},
     )
     loaded = load(model, console, threads)
     trial.check(loaded.model)
@@ -93,5 +101,5 @@ def evaluate(
     shown = stdout_console()
     shown.print(table(report))
     for row in report.rows if layers else ():
-        shown.print(f"{row.selector} {row.rule} at {row.tokens:,} tokens", style="italic")
+        shown.print(f"{row.codec} {row.selector} {row.rule} at {row.tokens:,} tokens", style="italic")
         shown.print(layers_table(row))

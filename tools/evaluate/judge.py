@@ -1,19 +1,26 @@
-"""The job: every configuration on every text, then every needle; each text is prefilled once."""
+"""The job: every configuration on every text, then every needle; each text is prefilled once.
+
+A configuration is a codec, a selector and a rule. Dense attention, which all are compared with, and the abstracts that selectors
+choose by have the exact KV; what is attended to is what the codec gives back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
+from kvdb.codecs import RecordCodec
 from kvdb.errors import InvalidInput
 from kvdb.geometry import CHUNK_TOKENS
+from kvdb.runtime.identity import dtype_name, text_config
 from kvdb.runtime.selection import DENSE_BELOW, Selector, StopRule
 from kvdb.tools.evaluate.forward import Cost, Outcome, Selecting, forward
 from kvdb.tools.evaluate.greedy import Feed, agreeing, greedy
 from kvdb.tools.evaluate.measure import distance
 from kvdb.tools.evaluate.needles import ANSWER_TOKENS, DEPTHS, Needle, needle
-from kvdb.tools.evaluate.past import Past
+from kvdb.tools.evaluate.past import EXACT, Past
 from kvdb.tools.evaluate.report import Answered, LayerCost, Quality, Report, Row
 from kvdb.tools.evaluate.texts import text_ids
 from kvdb.tools.models import LoadedModel
@@ -21,12 +28,25 @@ from kvdb.tools.models import LoadedModel
 GREEDY_TOKENS = 32
 
 
+class Configuration(NamedTuple):
+    """codec, selector: labels."""
+
+    codec: str
+    selector: str
+    rule: StopRule
+
+    def __str__(self) -> str:
+        return f"{self.codec} {self.selector} {self.rule.fidelity}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     """What to judge.
 
-    raises     InvalidInput for lengths of which nobody selects; Unsupported for rules that a selector cannot serve
+    raises     InvalidInput for lengths of which nobody selects, and chunks that are no small part of them; Unsupported for rules
+               that a selector cannot serve
     tokens     lengths of texts; the last `positions` tokens of each are predicted, those before them are selected from
+    codecs     of what is stored, by label
     selectors  by label
     texts      names in `TEXTS`, or files
     needles    per depth and length
@@ -40,8 +60,11 @@ class Trial:
     needles: int
     seed: int
     chunk_tokens: int = CHUNK_TOKENS
+    codecs: dict[str, RecordCodec] = field(default_factory=lambda: {"raw": EXACT})
 
     def __post_init__(self) -> None:
+        if not 1 <= self.chunk_tokens <= DENSE_BELOW // 2:
+            raise InvalidInput(f"--chunk-tokens {self.chunk_tokens}: expected 1 to {DENSE_BELOW // 2}")
         for tokens in self.tokens:
             if tokens - self.positions < DENSE_BELOW:
                 raise InvalidInput(
@@ -53,21 +76,28 @@ class Trial:
                 rule.check(selector)
 
     def check(self, model: Any) -> None:
-        """raises  InvalidInput for lengths that the model cannot take"""
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        """raises  InvalidInput for lengths that the model cannot take, and codecs that do not fit its KV"""
+        config = text_config(model)
+        context = getattr(config, "max_position_embeddings", None)
         for tokens in self.tokens:
             if context is not None and tokens > context:
                 raise InvalidInput(f"--tokens {tokens}: expected at most {context}, the model's context")
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for codec in self.codecs.values():
+            codec.check(self.chunk_tokens, head_dim, dtype_name(model.dtype))
+
+    @property
+    def configurations(self) -> list[Configuration]:
+        return [Configuration(*each) for each in product(self.codecs, self.selectors, self.rules)]
 
     @property
     def steps(self) -> int:
         """How often `judge` reports progress."""
-        configurations = len(self.selectors) * len(self.rules)
-        return len(self.tokens) * (len(self.texts) + self.needles * len(DEPTHS)) * (1 + configurations)
+        return len(self.tokens) * (len(self.texts) + self.needles * len(DEPTHS)) * (1 + len(self.configurations))
 
 
 Progress = Callable[[str], None]
-_Place = tuple[int, str, StopRule]
+_Place = tuple[int, Configuration]
 
 
 @dataclass(slots=True)
@@ -83,9 +113,7 @@ def judge(loaded: LoadedModel, trial: Trial, progress: Progress) -> Report:
     raises    InvalidInput for texts that are too short; Unsupported for models
     """
     trial.check(loaded.model)
-    found = {
-        (tokens, label, rule): _Found() for tokens in trial.tokens for label in trial.selectors for rule in trial.rules
-    }
+    found = {place: _Found() for place in product(trial.tokens, trial.configurations)}
     for tokens in trial.tokens:
         for name in trial.texts:
             _judge_text(loaded, trial, tokens, name, found, progress)
@@ -98,13 +126,31 @@ def judge(loaded: LoadedModel, trial: Trial, progress: Progress) -> Report:
         model=loaded.name,
         seed=trial.seed,
         positions=trial.positions,
+        chunk_tokens=trial.chunk_tokens,
         greedy_tokens=min(GREEDY_TOKENS, trial.positions),
         needles_asked=trial.needles * len(DEPTHS),
         rows=[
-            Row(tokens=tokens, selector=label, rule=rule.fidelity, texts=each.texts, needles=each.needles)
-            for (tokens, label, rule), each in found.items()
+            Row(
+                tokens=tokens,
+                codec=of.codec,
+                selector=of.selector,
+                rule=of.rule.fidelity,
+                texts=each.texts,
+                needles=each.needles,
+            )
+            for (tokens, of), each in found.items()
         ],
     )
+
+
+def _configured(trial: Trial, past: Past) -> Iterator[tuple[Configuration, Past, Selecting]]:
+    """Every configuration: what its codec gives back of an exact past, and how is selected from it."""
+    resident = {label: past.resident(selector) for label, selector in trial.selectors.items()}
+    for name, codec in trial.codecs.items():
+        stored = past.through(codec)
+        for label, rule in product(trial.selectors, trial.rules):
+            selecting = Selecting(trial.selectors[label], resident[label], rule)
+            yield Configuration(name, label, rule), stored, selecting
 
 
 def _judge_text(
@@ -117,24 +163,23 @@ def _judge_text(
     past, fed, targets = Past.of(model, ids[:start], trial.chunk_tokens), ids[start:-1], ids[start + 1 :]
     dense = forward(model, past, fed, None).logits
     said = _dense_greedy(model, past, ids[start], min(GREEDY_TOKENS, trial.positions))
-    for label, selector in trial.selectors.items():
-        resident = past.resident(selector)
-        for rule in trial.rules:
-            progress(f"{where}: {label} {rule.fidelity}")
-            selecting = Selecting(selector, resident, rule)
-            outcome = forward(model, past, fed, selecting)
-            along = forward(model, past, [ids[start], *said[:-1]], selecting).logits
-            away = distance(dense, outcome.logits, targets)
-            quality = Quality(
-                text=name,
-                kl=away.kl,
-                top1=away.top1,
-                perplexity_ratio=away.perplexity,
-                same_greedy=agreeing(said, along.argmax(-1).tolist()),
-                abstract_bytes_resident=sum(tensor.nbytes for parts in resident.values() for tensor in parts),
-                **_costs(past, outcome, len(fed)),
-            )
-            found[tokens, label, rule].texts.append(quality)
+    for configuration, stored, selecting in _configured(trial, past):
+        progress(f"{where}: {configuration}")
+        outcome = forward(model, stored, fed, selecting)
+        along = forward(model, stored, [ids[start], *said[:-1]], selecting).logits
+        away = distance(dense, outcome.logits, targets)
+        quality = Quality(
+            text=name,
+            kl=away.kl,
+            top1=away.top1,
+            perplexity_ratio=away.perplexity,
+            same_greedy=agreeing(said, along.argmax(-1).tolist()),
+            token_bytes=stored.token_bytes,
+            token_share=stored.token_bytes / past.token_bytes,
+            abstract_bytes_resident=sum(tensor.nbytes for parts in selecting.resident.values() for tensor in parts),
+            **_costs(stored, outcome, len(fed)),
+        )
+        found[tokens, configuration].texts.append(quality)
 
 
 def _costs(past: Past, outcome: Outcome, positions: int) -> dict[str, Any]:
@@ -166,18 +211,16 @@ def _judge_needle(
     progress(f"{where}: dense")
     past, last = Past.of(model, asked.ids[:-1], trial.chunk_tokens), asked.ids[-1]
     said = _dense_greedy(model, past, last, ANSWER_TOKENS)
-    counts = asked.key in str(loaded.tokenizer.decode(said))
-    for label, selector in trial.selectors.items():
-        resident = past.resident(selector) if counts else {}
-        for rule in trial.rules:
-            progress(f"{where}: {label} {rule.fidelity}" if counts else f"{where}: dense attention does not find it")
-            if not counts:
-                continue
-            selecting = Selecting(selector, resident, rule)
-            answer = greedy(_feed(model, past, selecting), last, ANSWER_TOKENS, said)
-            text = str(loaded.tokenizer.decode(answer))
-            answered = Answered(text=asked.text, depth=asked.depth, answer=text, found=asked.key in text)
-            found[tokens, label, rule].needles.append(answered)
+    if asked.key not in str(loaded.tokenizer.decode(said)):
+        for _ in trial.configurations:
+            progress(f"{where}: dense attention does not find it")
+        return
+    for configuration, stored, selecting in _configured(trial, past):
+        progress(f"{where}: {configuration}")
+        answer = greedy(_feed(model, stored, selecting), last, ANSWER_TOKENS, said)
+        text = str(loaded.tokenizer.decode(answer))
+        answered = Answered(text=asked.text, depth=asked.depth, answer=text, found=asked.key in text)
+        found[tokens, configuration].needles.append(answered)
 
 
 def _feed(model: Any, past: Past, selecting: Selecting) -> Feed:

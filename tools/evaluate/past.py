@@ -1,31 +1,43 @@
-"""Exact KV of a text, in memory: computed once with dense attention, shared by every configuration that is judged."""
+"""KV of a text, in memory: computed once with dense attention, shared by every configuration that is judged.
+
+What a codec does to it is judged as a store would do it: whole chunks are encoded and decoded, the tail after them stays as it is.
+"""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvdb.abstracts import ABSTRACTS
+from kvdb.codecs import Raw, RecordCodec
 from kvdb.errors import Unsupported
+from kvdb.geometry import div_ceil
 from kvdb.runtime.identity import dtype_name
 from kvdb.runtime.selection.base import Array, Resident, Selector
+from kvdb.runtime.staging import storage_view
 from kvdb.tools.evaluate.oracle import KEYS
 
 BLOCK_TOKENS = 1024
+EXACT: Final = RecordCodec(Raw(), Raw())
 
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """KV of the first `tokens` tokens of a text. Never changed: `begun` hands out caches that go on from here."""
+    """KV of the first `tokens` tokens of a text. Never changed: `begun` hands out caches that go on from here.
 
-    cache: DynamicCache
+    codec  of its whole chunks, see `through`
+    """
+
+    cache: Cache
     tokens: int
     chunk_tokens: int
+    codec: RecordCodec = EXACT
 
     @classmethod
     def of(cls, model: nn.Module, ids: list[int], chunk_tokens: int) -> Past:
@@ -45,6 +57,16 @@ class Past:
                 block = torch.tensor([ids[start : start + BLOCK_TOKENS]])
                 model(input_ids=block, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cls(cache, len(ids), chunk_tokens)
+
+    def through(self, codec: RecordCodec) -> Past:
+        """The same text from a store of that codec. Chunks that have begun to leave a window stay as they are: the rest is not known.
+
+        raises  InvalidInput for parameters that do not fit; NotFinite for numbers that a codec cannot keep
+        """
+        layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in layers:
+            _recode(layer, codec, self.tokens, self.chunk_tokens)
+        return replace(self, cache=Cache(layers=layers), codec=codec)
 
     @property
     def chunks(self) -> int:
@@ -83,11 +105,37 @@ class Past:
 
     @property
     def record_bytes(self) -> dict[int, int]:
-        """Of each selecting layer, bytes of K and V of one KV head's part of a chunk."""
-        shapes: dict[int, Any] = {layer: self.cache.layers[layer].keys for layer in self.layers}
-        return {layer: 2 * self.chunk_tokens * k.shape[3] * k.element_size() for layer, k in shapes.items()}
+        """Of each selecting layer, stored bytes of K and V of one KV head's part of a chunk."""
+        return {layer: self._record_bytes(layer) for layer in self.layers}
+
+    @property
+    def token_bytes(self) -> float:
+        """Stored bytes of KV of one token, all layers together: of windows, too, every token is stored."""
+        layers: list[Any] = self.cache.layers
+        return sum(layer.keys.shape[1] * self._record_bytes(i) for i, layer in enumerate(layers)) / self.chunk_tokens
+
+    def _record_bytes(self, layer: int) -> int:
+        cached: Any = self.cache.layers[layer]
+        return self.codec.row_bytes(self.chunk_tokens, cached.keys.shape[3], dtype_name(cached.keys.dtype))
 
     @property
     def records(self) -> dict[int, int]:
         """Of each selecting layer, how many records a store would hold."""
         return {layer: int(self.cache.layers[layer].keys.shape[1]) * self.chunks for layer in self.layers}
+
+
+def _recode(layer: Any, codec: RecordCodec, tokens: int, chunk_tokens: int) -> None:
+    """Encode and decode the chunks that a layer of a cache holds whole. Tensors it held before stay as they are."""
+    keys, values = layer.keys.clone(), layer.values.clone()  # [1, kv_heads, tokens, head_dim]
+    position = tokens - keys.shape[2]  # of the first token held
+    first, last = div_ceil(position, chunk_tokens), tokens // chunk_tokens
+    if first >= last:
+        return
+    span, dtype = slice(first * chunk_tokens - position, last * chunk_tokens - position), dtype_name(keys.dtype)
+    halves = torch.stack([each[0, :, span].unflatten(1, (-1, chunk_tokens)) for each in (keys, values)])
+    records = halves.flatten(1, 2)  # [2, kv_heads * chunks, chunk_tokens, head_dim]
+    rows = codec.encode(storage_view(records).swapaxes(0, 1), dtype)
+    decoded = torch.empty_like(records)
+    codec.decode(rows, np.arange(len(rows)), storage_view(decoded), dtype)
+    keys[0, :, span], values[0, :, span] = decoded.view(halves.shape).flatten(2, 3)
+    layer.keys, layer.values = keys, values

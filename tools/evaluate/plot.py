@@ -36,11 +36,15 @@ class _Axis(NamedTuple):
 
 
 def svg(report: Report) -> str:
-    """A row of panels per length: KL, and the share of needles found where any was asked."""
+    """A row of panels per length: KL, and the share of needles found where any was asked. A line is a selector, of each codec."""
     lengths = sorted({row.tokens for row in report.rows})
     columns = 2 if any(row.needles for row in report.rows) else 1
-    selectors = list(dict.fromkeys(row.selector for row in report.rows))
-    width, height = columns * (_WIDTH + _MARGIN) + 160, len(lengths) * (_HEIGHT + _MARGIN) + 30
+    several = len({row.codec for row in report.rows}) > 1
+    series: dict[str, list[Row]] = {}
+    for row in report.rows:
+        series.setdefault(f"{row.codec} {row.selector}" if several else row.selector, []).append(row)
+    legend = 20 + 7 * max(20, *map(len, series))
+    width, height = columns * (_WIDTH + _MARGIN) + legend, len(lengths) * (_HEIGHT + _MARGIN) + 30
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="11">',
@@ -48,26 +52,25 @@ def svg(report: Report) -> str:
         _label(12, 18, f"{report.model}: quality against bytes of KV and abstracts read per token", size=13),
     ]
     for index, tokens in enumerate(lengths):
-        rows = [row for row in report.rows if row.tokens == tokens]
+        shown = {name: [row for row in rows if row.tokens == tokens] for name, rows in series.items()}
         top = 30 + index * (_HEIGHT + _MARGIN)
-        parts += _panel(rows, selectors, _MARGIN, top, f"KL to dense attention, nats, {tokens:,} tokens", needles=False)
+        parts += _panel(shown, _MARGIN, top, f"KL to dense attention, nats, {tokens:,} tokens", needles=False)
         if columns == 2:
             parts += _panel(
-                rows,
-                selectors,
+                shown,
                 2 * _MARGIN + _WIDTH,
                 top,
                 "needles found, of those dense attention finds",
                 needles=True,
             )
-    for index, name in enumerate(selectors):
-        x, y = width - 140, 60 + 18 * index
+    for index, name in enumerate(series):
+        x, y = width - legend + 20, 60 + 18 * index
         parts.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{_colour(index)}"/>' + _label(x + 10, y, name))
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _panel(rows: list[Row], selectors: list[str], left: int, top: int, title: str, *, needles: bool) -> list[str]:
-    points = {name: sorted(_points(rows, name, needles=needles)) for name in selectors}
+def _panel(series: dict[str, list[Row]], left: int, top: int, title: str, *, needles: bool) -> list[str]:
+    points = {name: sorted(_points(rows, needles=needles)) for name, rows in series.items()}
     every = [point for found in points.values() for point in found]
     if not every:
         return []
@@ -83,19 +86,17 @@ def _panel(rows: list[Row], selectors: list[str], left: int, top: int, title: st
     for step in range(4):
         tick = x.low * (x.high / x.low) ** (step / 3)
         parts.append(_label(x.at(tick), floor + 15, bytes_text(tick), anchor="middle"))
-    for index, name in enumerate(selectors):
-        places = [(x.at(a), y.at(b)) for a, b in points[name]]
+    for index, found in enumerate(points.values()):
+        places = [(x.at(a), y.at(b)) for a, b in found]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{_colour(index)}" stroke-width="1.5"/>')
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{_colour(index)}"/>' for a, b in places]
     return parts
 
 
-def _points(rows: list[Row], selector: str, *, needles: bool) -> Iterator[tuple[float, float]]:
+def _points(rows: list[Row], *, needles: bool) -> Iterator[tuple[float, float]]:
     """(bytes read, KL or share found) of each rule; what a logarithm cannot show is left out."""
     for row in rows:
-        if row.selector != selector:
-            continue
         if needles and row.needles:
             yield row.bytes_read, row.found / len(row.needles)
         elif not needles and (kl := row.mean(lambda text: text.kl)) > 0:

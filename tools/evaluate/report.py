@@ -27,8 +27,10 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     top1                     share of positions where the likeliest token is dense attention's
     perplexity_ratio         selected / dense
     same_greedy              greedy tokens until the first that dense attention would not have said; at most `greedy_tokens`
-    mass                     true share of attention mass that was read, estimates not counted; mean over layers and heads
+    mass                     true share of attention mass, over KV as stored, that was read, estimates not counted; mean over layers and heads
     mass_estimated           the same as the runtime estimates it, at every so many-th position
+    token_bytes              stored KV of one token, all layers together
+    token_share              of what that is in the KV dtype
     kv_share, kv_bytes       of the stored KV of the selecting layers, read at one position
     abstract_bytes           abstract bytes read at one position, to score and to estimate
     abstract_bytes_resident  in memory all the time
@@ -42,6 +44,8 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     same_greedy: int
     mass: float
     mass_estimated: float
+    token_bytes: float
+    token_share: float
     kv_share: float
     kv_bytes: float
     abstract_bytes: float
@@ -63,6 +67,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """A configuration at one length. rule: the name of its fidelity, such as budget=0.1."""
 
     tokens: int
+    codec: str
     selector: str
     rule: str
     texts: list[Quality]
@@ -95,6 +100,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     seed: int
     positions: int
+    chunk_tokens: int
     greedy_tokens: int
     needles_asked: int
     rows: list[Row]
@@ -108,25 +114,28 @@ def table(report: Report) -> Table:
         title=f"{report.model}, per position",
         title_justify="left",
     )
-    for header in ("tokens", "selector", "rule"):
+    for header in ("tokens", "codec", "selector", "rule"):
         shown.add_column(header, no_wrap=True)
     for header in (
-        "KL", "top-1", "perplexity", f"same of {report.greedy_tokens}", "needles", "mass", "estimated", "KV read", "of KV", "abstracts read",
+        "KL", "top-1", "perplexity", f"same of {report.greedy_tokens}", "needles", "mass", "estimated", "KV a token", "of its dtype", "KV read", "of KV", "abstracts read",
         "resident", "ranges",
     ):  # fmt: skip
         shown.add_column(header, justify="right", no_wrap=True)
     for row in report.rows:
         shown.add_row(
             f"{row.tokens:,}",
+            row.codec,
             row.selector,
             row.rule,
-            f"{row.mean(lambda t: t.kl):.4f} ±{row.spread(lambda t: t.kl):.4f}",
+            f"{row.mean(lambda t: t.kl):.5f} ±{row.spread(lambda t: t.kl):.5f}",
             share_text(row.mean(lambda t: t.top1)),
             f"{row.mean(lambda t: t.perplexity_ratio):.3f} ±{row.spread(lambda t: t.perplexity_ratio):.3f}",
             f"{row.mean(lambda t: t.same_greedy):.1f}",
             f"{row.found} of {len(row.needles)}",
             share_text(row.mean(lambda t: t.mass)),
             share_text(row.mean(lambda t: t.mass_estimated)),
+            f"{row.mean(lambda t: t.token_bytes):,.0f} B",
+            share_text(row.mean(lambda t: t.token_share)),
             bytes_text(row.mean(lambda t: t.kv_bytes)),
             share_text(row.mean(lambda t: t.kv_share)),
             bytes_text(row.mean(lambda t: t.abstract_bytes)),
