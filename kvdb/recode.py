@@ -109,15 +109,26 @@ def _recode(db: KVDB, sequence: Sequence, segments: list[Segment], codec: CodecP
 
 
 def _settled(info: SegmentInfo, codec: CodecPlan) -> bool:
-    """Whether a segment needs no other codec. A started chunk is never stored with a lossy one."""
-    started = not codec.lossless and info.tokens < info.geometry.chunk_tokens
-    return _plan(info) == (RAW if started else _fitting(codec, info))
+    """Whether a segment needs no other codec. The first chunk of a sequence and a started one are never stored with a lossy one."""
+    ct = info.geometry.chunk_tokens
+    alone = not codec.lossless and (info.tokens < ct or (info.start == 0 and info.tokens == ct))
+    return _plan(info) == (RAW if alone else _fitting(codec, info))
 
 
 def _pieces(segment: Segment, span: Span, codec: CodecPlan) -> list[_Piece]:
-    """What becomes a segment each: whole chunks, and a started one, which a lossy codec would change again at each turn."""
-    whole = span.stop if codec.lossless else segment.info.geometry.grid_floor(span.stop)
-    pieces = [_Piece(segment, span.start, whole, codec), _Piece(segment, whole, span.stop, RAW)]
+    """What becomes a segment each: whole chunks; the first one, on which every position rests attention; and a started one, which a lossy
+    codec would change again at each turn."""
+    if codec.lossless:
+        return [_Piece(segment, span.start, span.stop, codec)]
+    geometry, first = segment.info.geometry, span.start
+    if segment.info.start + span.start == 0:
+        first = min(span.stop, geometry.chunk_tokens)
+    whole = max(first, geometry.grid_floor(span.stop))
+    pieces = [
+        _Piece(segment, span.start, first, RAW),
+        _Piece(segment, first, whole, codec),
+        _Piece(segment, whole, span.stop, RAW),
+    ]
     return [piece for piece in pieces if piece.stop > piece.start]
 
 

@@ -317,8 +317,11 @@ class History:
             found = fidelity
         if self.codec.lossless:
             return count, found, self.codec
-        # A started chunk is read back and written again, by each turn that goes on from it: it stays as it is until it is whole.
+        # The first chunk stays as it is: every position rests attention on it. So does a started one, until it is whole: it is read
+        # back and written again by each turn that goes on from it.
         whole, found = self.geometry.grid_floor(count), joined_fidelity(found, str(self.codec))
+        if start == 0:
+            return min(count, self.geometry.chunk_tokens), found, RAW
         return (whole, found, self.codec) if whole else (count, found, RAW)
 
     def _begin(self, start: int, capacity: int, fidelity: str, codec: CodecPlan) -> None:

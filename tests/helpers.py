@@ -214,7 +214,7 @@ def assert_clusters_follow(rows: Array, exact: Array) -> None:
             true = vectors[inside].astype(np.float64).mean(0)
             off = np.abs(mean[chunk, head] * np.float64(scale[chunk, head]) - true).max()
             assert off <= np.abs(true).max() * (0.5 / 127 + 1e-5)
-    assert named.mean() > 0.5 or tokens < 16  # clusters of a started chunk may lie in what was before it
+    assert named.mean() > 0.5 or tokens <= 16  # clusters of a single chunk may lie in what was beside it
 
 
 def assert_reads_back(db: KVDB, tokens: Array, spans: tuple[Span, ...]) -> None:
