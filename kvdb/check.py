@@ -154,7 +154,7 @@ def _check_segment(txn: Transaction, info: SegmentInfo) -> Iterator[Problem]:
         path = txn.path_tokens(info.segment)
         if len(path) != info.stop:
             yield Problem(where, "tokens", f"{len(path)} token ids up to its end, expected {info.stop}", info.segment)
-        found = txn.find(info.identity, path, exact=False)
+        found = txn.find(info.identity, path, accepted=None)
         if found.tokens != len(path):
             yield Problem(
                 where, "tree", f"the prefix tree finds {found.tokens} of its tokens, expected {len(path)}", info.segment

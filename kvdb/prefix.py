@@ -2,8 +2,8 @@
 
 Key k of a token list stands for its first k whole blocks of 64 tokens under one identity; it is chained, so equal keys
 mean equal prefixes (and tokens are compared all the same before anything is reused). A segment is listed under key k
-when it holds tokens of block k of a sequence with that prefix; its listing begins with the tokens of that block, so that
-listings sort like token lists and the longest agreement with any list is a neighbour of it in that order.
+when it holds tokens of block k of a sequence with that prefix; its listing begins with a byte for its fidelity and the tokens of that
+block, so that listings of a fidelity sort like token lists and the longest agreement with any list is a neighbour of it in that order.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ import hashlib
 from typing import Any, Final
 
 import numpy as np
+import xxhash
+
+from kvdb.identity import EXACT
 
 BLOCK_TOKENS = 64
+EXACT_FIRST: Final = 1
+"""What listings of fidelity EXACT begin with, and no others."""
 _PADDING: Final = 0xFFFF_FFFF
 """Stands for "no token" in a listing; no vocabulary is that large."""
 
@@ -32,14 +37,23 @@ def block_keys(identity_digest: bytes, tokens: Tokens) -> list[bytes]:
     return keys
 
 
-def listing(exact: bool, block: Tokens) -> bytes:
-    """How a segment is listed under a key, without its id: u8 exact, then the block's tokens, big-endian, padded.
+def first_bytes(fidelity: str) -> tuple[int, ...]:
+    """What listings of a fidelity may begin with: the first is written, the others are of earlier writers. Several fidelities may share a
+    byte, but none shares that of EXACT."""
+    if fidelity == EXACT:
+        return (EXACT_FIRST,)
+    return 2 + xxhash.xxh3_64_intdigest(fidelity.encode()) % 254, 0
 
+
+def listing(first: int, block: Tokens) -> bytes:
+    """How a segment is listed under a key, without its id: u8 for its fidelity, then the block's tokens, big-endian, padded.
+
+    first  one of `first_bytes`
     block  at most 64 tokens: those of the path that lie in the key's block
     """
     padded = np.full(BLOCK_TOKENS, _PADDING, ">u4")
     padded[: len(block)] = block
-    return bytes([exact]) + padded.tobytes()
+    return bytes([first]) + padded.tobytes()
 
 
 LISTING_BYTES: Final = 1 + 4 * BLOCK_TOKENS

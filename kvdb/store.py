@@ -268,34 +268,37 @@ class KVDB:
 
     # -- reading
 
-    def find(self, identity: Identity, tokens: Tokens, *, exact: bool = True) -> tuple[Found, list[Segment]]:
+    def find(
+        self, identity: Identity, tokens: Tokens, *, exact: bool = True, accepted: Collection[str] = ()
+    ) -> tuple[Found, list[Segment]]:
         """Longest stored prefix of `tokens` and the segments it lies in, as of one moment.
 
-        exact  only KV of fidelity "exact"
+        exact     only KV of fidelity "exact", or one of `accepted`; False: of any
+        accepted  fidelities that will do as well as "exact", such as "int4"
         """
         with self.catalog.begin() as txn:
-            found = txn.find(identity.digest().hex(), tokens, exact=exact)
+            found = txn.find(identity.digest().hex(), tokens, accepted=_fidelities(exact, accepted))
             return found, self._segments(txn, found.spans)
 
-    def match(self, identity: Identity, tokens: Tokens, *, exact: bool = True) -> Match:
-        """As `find`, with the reason why it is not longer instead of the segments.
-
-        exact  only KV of fidelity "exact"
-        """
+    def match(self, identity: Identity, tokens: Tokens, *, exact: bool = True, accepted: Collection[str] = ()) -> Match:
+        """As `find`, with the reason why it is not longer instead of the segments."""
+        fidelities = _fidelities(exact, accepted)
         with self.catalog.begin() as txn:
-            found = txn.find(identity.digest().hex(), tokens, exact=exact)
-            return Match(found.tokens, found.spans, self._why(txn, identity, tokens, found, exact=exact))
+            found = txn.find(identity.digest().hex(), tokens, accepted=fidelities)
+            return Match(found.tokens, found.spans, self._why(txn, identity, tokens, found, fidelities))
 
-    def _why(self, txn: Transaction, identity: Identity, tokens: Tokens, found: Found, *, exact: bool) -> str:
+    def _why(
+        self, txn: Transaction, identity: Identity, tokens: Tokens, found: Found, accepted: Collection[str] | None
+    ) -> str:
         if found.tokens == len(tokens):
             return "all tokens are stored"
         mine = identity.digest().hex()
-        if exact and (other := txn.find(mine, tokens, exact=False)).tokens > found.tokens:
-            return f"{other.tokens} tokens are stored, but not with fidelity {EXACT!r}"
+        if accepted is not None and (other := txn.find(mine, tokens, accepted=None)).tokens > found.tokens:
+            return f"{other.tokens} tokens are stored, but not with fidelity {' or '.join(map(repr, accepted))}"
         for digest, stored in txn.identities().items():
             if stored.salt != identity.salt:  # one tenant must not learn what another has stored
                 continue
-            if digest != mine and (other := txn.find(digest, tokens, exact=exact)).tokens > found.tokens:
+            if digest != mine and (other := txn.find(digest, tokens, accepted=accepted)).tokens > found.tokens:
                 fields = ", ".join(identity.difference(stored))
                 return f"{other.tokens} tokens are stored under another identity, which differs in: {fields}"
         if found.tokens == 0:
@@ -507,15 +510,14 @@ class KVDB:
         tokens = token_ids
         if info.parent is not None:
             tokens = np.concatenate((txn.path_tokens(info.parent)[: info.start], token_ids))
-        found = txn.find(info.identity, tokens, exact=info.fidelity == EXACT)
-        if found.tokens != len(tokens):
-            return None
-        other = txn.entry(found.spans[-1].segment)
-        same = other is not None and all(
-            getattr(other.info, field) == getattr(info, field)
-            for field in ("start", "parent", "tokens", "fidelity", "codec", "cipher", "geometry")
-        )
-        return other if same else None
+        for other in txn.ending_with(info.identity, info.fidelity, tokens):
+            same = all(
+                getattr(other.info, field) == getattr(info, field)
+                for field in ("start", "parent", "tokens", "codec", "cipher", "geometry")
+            )
+            if same and np.array_equal(txn.tokens(other.info.segment), token_ids):
+                return other
+        return None
 
     def put_sequence(
         self,
@@ -749,6 +751,11 @@ def _make_ready(root: Path, mode: Mode) -> None:
         exists = False
     if not exists:
         folder.create(root)
+
+
+def _fidelities(exact: bool, accepted: Collection[str]) -> tuple[str, ...] | None:
+    """EXACT and what is accepted like it, each once; None: any."""
+    return tuple(dict.fromkeys((EXACT, *accepted))) if exact else None
 
 
 def _still_there(txn: Transaction, segment: str) -> None:

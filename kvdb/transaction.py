@@ -7,8 +7,9 @@ keeps the totals of its table; a listing that does not agree with the totals is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
+from typing import Final, TypeVar
 
 import lmdb
 import msgspec
@@ -24,6 +25,8 @@ from kvdb.identity import EXACT, Identity
 from kvdb.prefix import Tokens
 
 _T = TypeVar("_T")
+_LOOKED_AT: Final = 64
+"""Listings that a search passes over, in each direction, because others than the accepted fidelities begin with the same byte."""
 
 
 class Transaction:
@@ -278,67 +281,111 @@ class Transaction:
     # -- the prefix tree
 
     def list_in_tree(self, info: SegmentInfo) -> None:
-        for node, value in self._listings(info):
+        for node, value in self._listings(info, prefix.first_bytes(info.fidelity)[0]):
             if self._txn.put(node, value, dupdata=False, db=self._env.db["tree"]):
                 self._totals["tree"] = self.totals("tree").adding(value[-8:])
 
     def unlist(self, info: SegmentInfo) -> None:
-        for node, value in self._listings(info):
-            if self._txn.delete(node, value, db=self._env.db["tree"]):
-                self._totals["tree"] = self.totals("tree").removing(value[-8:])
+        for first in prefix.first_bytes(info.fidelity):
+            for node, value in self._listings(info, first):
+                if self._txn.delete(node, value, db=self._env.db["tree"]):
+                    self._totals["tree"] = self.totals("tree").removing(value[-8:])
 
-    def _listings(self, info: SegmentInfo) -> Iterator[tuple[bytes, bytes]]:
+    def _listings(self, info: SegmentInfo, first: int) -> Iterator[tuple[bytes, bytes]]:
         """Where in the tree a segment stands and how: the digest comes last, so that listings sort by tokens."""
         path = self.path_tokens(info.segment)
         keys = prefix.block_keys(_id(info.identity), path[: info.stop - 1])
         for block in range(info.start // prefix.BLOCK_TOKENS, len(keys)):
             start = block * prefix.BLOCK_TOKENS
             tokens = path[start : min(start + prefix.BLOCK_TOKENS, info.stop)]
-            value = prefix.listing(info.fidelity == EXACT, tokens) + _id(info.segment)
+            value = prefix.listing(first, tokens) + _id(info.segment)
             yield keys[block], value + entries.framed(keys[block], value)[:8]
 
-    def find(self, identity: str, tokens: Tokens, *, exact: bool) -> Found:
-        """Longest stored prefix of `tokens`. With `exact`, only through segments of fidelity EXACT.
+    def find(self, identity: str, tokens: Tokens, *, accepted: Collection[str] | None) -> Found:
+        """Longest stored prefix of `tokens` through segments of accepted fidelities only; None accepts any. Of equally long ones an exact one.
 
         Zero case: Found(0, ()). Token ids are compared, whatever the tree says.
-        cost  O(log blocks) seeks, then the token ids of at most two paths
+        cost  O(log blocks) seeks for each accepted fidelity, or for each that is there, then the token ids of one path. It may be a shorter
+              prefix where more than _LOOKED_AT segments hold the same tokens under fidelities of the same first byte
         """
-        keys = prefix.block_keys(_id(identity), tokens)
-        best, best_path = 0, list[SegmentInfo]()
+        keys, nearest = prefix.block_keys(_id(identity), tokens), None
         with self._txn.cursor(db=self._env.db["tree"]) as cursor:
             low, high = -1, len(keys) - 1  # the last listed key lies in (low, high]; ancestors list all keys before it
             while low < high:
                 middle = (low + high + 1) // 2
-                found = cursor.set_range_dup(keys[middle], b"\1") if exact else cursor.set_key(keys[middle])
-                low, high = (middle, high) if found else (low, middle - 1)
-            if low < 0:
-                return Found(0, ())
-            block = tokens[low * prefix.BLOCK_TOKENS : (low + 1) * prefix.BLOCK_TOKENS]
-            candidates = {c for flag in ({True} | {exact}) for c in self._nearest(cursor, keys[low], flag, block)}
-        for candidate in sorted(candidates):
-            n = prefix.common_prefix(self.path_tokens(candidate), tokens)
-            if n > best:
-                best, best_path = n, self.path(candidate)
-        return Found(best, entries.spans_of(best_path, best))
+                block = tokens[middle * prefix.BLOCK_TOKENS : (middle + 1) * prefix.BLOCK_TOKENS]
+                found = self._nearest(cursor, keys[middle], block, accepted)
+                low, high, nearest = (low, middle - 1, nearest) if found is None else (middle, high, found)
+        if nearest is None:
+            return Found(0, ())
+        n = prefix.common_prefix(self.path_tokens(nearest), tokens)
+        return Found(n, entries.spans_of(self.path(nearest), n))
 
-    def _nearest(self, cursor: lmdb.Cursor, node: bytes, exact: bool, block: Tokens) -> list[str]:
-        """The segments listed under a key that agree longest with `block`: its neighbours in the order of listings."""
-        wanted = prefix.listing(exact, block)
-        around = []
-        if cursor.set_range_dup(node, wanted):
-            around.append(bytes(cursor.value()))
-            if cursor.prev_dup():
-                around.append(bytes(cursor.value()))
-        elif cursor.set_key(node) and cursor.last_dup():
-            around.append(bytes(cursor.value()))
-        best, found = -1, []
-        for value in around:
-            self._check_listing(node, value)
-            if value[0] == exact:
+    def _nearest(self, cursor: lmdb.Cursor, node: bytes, block: Tokens, accepted: Collection[str] | None) -> str | None:
+        """The accepted segment listed under a key that agrees longest with `block`."""
+        best, nearest = -1, None
+        for first in self._present(cursor, node) if accepted is None else _first_bytes(accepted):
+            for value in self._neighbours(cursor, node, prefix.listing(first, block), accepted):
                 n = prefix.common_prefix(prefix.listed_tokens(value), block)
                 if n > best:
-                    best, found = n, [value[prefix.LISTING_BYTES : -8].hex()]
-        return found
+                    best, nearest = n, _listed_segment(value)
+                if n == len(block):
+                    return nearest
+        return nearest
+
+    def _present(self, cursor: lmdb.Cursor, node: bytes) -> list[int]:
+        """What listings under a key begin with, an exact one's before all others."""
+        found = []
+        there = cursor.set_key(node)
+        while there:
+            found.append(cursor.value()[0])
+            there = found[-1] < 255 and cursor.set_range_dup(node, bytes([found[-1] + 1]))
+        return _exact_first(found)
+
+    def _neighbours(
+        self, cursor: lmdb.Cursor, node: bytes, wanted: bytes, accepted: Collection[str] | None
+    ) -> Iterator[bytes]:
+        """The listings of accepted segments next to `wanted`, after it and before it, that begin with the same byte."""
+        if cursor.set_range_dup(node, wanted):
+            yield from self._first_accepted(node, cursor.iternext_dup(), wanted[0], accepted)
+        above = cursor.set_range_dup(node, wanted)
+        if cursor.prev_dup() if above else cursor.set_key(node) and cursor.last_dup():
+            yield from self._first_accepted(node, cursor.iterprev_dup(), wanted[0], accepted)
+
+    def _first_accepted(
+        self, node: bytes, listed: Iterable[bytes | memoryview], first: int, accepted: Collection[str] | None
+    ) -> list[bytes]:
+        """The first of these listings that begins with a byte and is of an accepted path; an exact one's whole path is exact."""
+        for value in map(bytes, islice(listed, _LOOKED_AT)):
+            self._check_listing(node, value)
+            if value[0] != first:
+                break
+            if (
+                first == prefix.EXACT_FIRST
+                or accepted is None
+                or all(info.fidelity in accepted for info in self.path(_listed_segment(value)))
+            ):
+                return [value]
+        return []
+
+    def ending_with(self, identity: str, fidelity: str, tokens: Tokens) -> Iterator[SegmentEntry]:
+        """The segments of one fidelity whose path is listed like `tokens` and ends where they do: the digest of all blocks before the last,
+        and the tokens of the last, are equal.
+
+        tokens  at least one
+        """
+        keys = prefix.block_keys(_id(identity), tokens[:-1])
+        block = tokens[(len(keys) - 1) * prefix.BLOCK_TOKENS :]
+        with self._txn.cursor(db=self._env.db["tree"]) as cursor:
+            for first in prefix.first_bytes(fidelity):
+                wanted = prefix.listing(first, block)
+                there = cursor.set_range_dup(keys[-1], wanted)
+                while there and (value := bytes(cursor.value())).startswith(wanted):
+                    self._check_listing(keys[-1], value)
+                    entry = self.entry(_listed_segment(value))
+                    if entry is not None and (entry.info.fidelity, entry.info.stop) == (fidelity, len(tokens)):
+                        yield entry
+                    there = cursor.next_dup()
 
     def _check_listing(self, node: bytes, value: bytes) -> None:
         if len(value) != prefix.LISTING_BYTES + 24:
@@ -352,7 +399,7 @@ class Transaction:
         for node, value in self._frames("tree"):
             with contextlib.suppress(Damaged):
                 self._check_listing(node, value)
-                yield node, value[prefix.LISTING_BYTES : -8].hex()
+                yield node, _listed_segment(value)
 
     # -- paths
 
@@ -615,6 +662,18 @@ def _sizes(entry: SegmentEntry) -> dict[str, int]:
 def _frame(table: str, data: bytes) -> bytes:
     """The digest of an entry; a listing in the tree carries it at its end."""
     return (data[-8:] if table == "tree" else data[:8]).ljust(8, b"\0")
+
+
+def _first_bytes(fidelities: Iterable[str]) -> list[int]:
+    return _exact_first({first for fidelity in fidelities for first in prefix.first_bytes(fidelity)})
+
+
+def _exact_first(first_bytes: Iterable[int]) -> list[int]:
+    return sorted(first_bytes, key=lambda first: (first != prefix.EXACT_FIRST, first))
+
+
+def _listed_segment(value: bytes) -> str:
+    return value[prefix.LISTING_BYTES : -8].hex()
 
 
 def _id(text: str) -> bytes:

@@ -17,7 +17,6 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import takewhile
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -173,13 +172,7 @@ class Attachment:
         rows = _rows(input_ids)
         if len(rows) != 1:
             raise InvalidInput(f"match: {len(rows)} prompts, expected one; ask for each")
-        identity, row = self.identity(), rows[0]
-        found = self.db.match(identity, row, exact=self.fidelity == EXACT)
-        with_codec, _ = self._find(identity, row)
-        if with_codec.tokens <= found.tokens:
-            return found
-        why = "all tokens are stored" if with_codec.tokens == len(row) else f"the rest is not stored as {self.codec}"
-        return Match(with_codec.tokens, with_codec.spans, why)
+        return self.db.match(self.identity(), rows[0], exact=self.fidelity == EXACT, accepted=self._accepted)
 
     def cache(self, input_ids: Tensor, *, progress: Callable[[PrefillProgress], None] | None = None) -> KVDBCache:
         """A cache for this prompt: reuses the longest stored prefix, prefills and stores the rest but the last token.
@@ -292,7 +285,8 @@ class Attachment:
     def _restored(self, identity: Identity, rows: list[Tokens]) -> KVDBCache:
         """A cache that holds the longest prefix that is stored for every row."""
         while True:
-            found = [self._find(identity, row) for row in rows]
+            exact = self.fidelity == EXACT
+            found = [self.db.find(identity, row, exact=exact, accepted=self._accepted) for row in rows]
             shared = min(each.tokens for each, _ in found)
             prefixes = [_cut(each, segments, row, shared) for (each, segments), row in zip(found, rows, strict=True)]
             cache = self._new(identity, len(rows))
@@ -307,17 +301,6 @@ class Attachment:
                 for prefix in prefixes:
                     self.db.touch(prefix.spans)
             return cache
-
-    def _find(self, identity: Identity, row: Tokens) -> tuple[Found, list[Segment]]:
-        """The longest stored prefix of a prompt that may be reused."""
-        found = self.db.find(identity, row, exact=self.fidelity == EXACT)
-        if self.fidelity != EXACT or self.codec.lossless:
-            return found
-        whatever, segments = self.db.find(identity, row, exact=False)
-        good = list(takewhile(lambda segment: segment.info.fidelity in self._accepted, segments))
-        spans = whatever.spans[: len(good)]
-        tokens = sum(span.stop - span.start for span in spans)
-        return found if tokens <= found[0].tokens else (Found(tokens, spans), good)
 
     @property
     def _accepted(self) -> tuple[str, ...]:

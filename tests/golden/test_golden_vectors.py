@@ -16,7 +16,7 @@ from kvdb import Identity, Span
 from kvdb.entries import SegmentEntry, framed, name_key, sequence_key, spans_root
 from kvdb.format import CodecSpec, SegmentInfo, abstract_seal, record_digests
 from kvdb.geometry import Geometry, LayerGroup
-from kvdb.prefix import block_keys, listing
+from kvdb.prefix import block_keys, first_bytes, listing
 
 PLAIN = Identity(weights="w", config={}, dtype="bfloat16")
 FULL = Identity(
@@ -59,7 +59,8 @@ def vectors() -> dict[str, Any]:
         "record digests": [f"{digest:016x}" for digest in record_digests(SEGMENT, 5, rows).tolist()],
         "seal of an abstract": abstract_seal(["00", "11"]),
         "frame": framed(b"key", b"value").hex(),
-        "listing": listing(True, TOKENS[128:130])[:16].hex(),
+        "listing": listing(1, TOKENS[128:130])[:16].hex(),
+        "first bytes": [list(first_bytes(fidelity)) for fidelity in ("exact", "int4", "budget=0.1 int8")],
     }
 
 
@@ -79,6 +80,7 @@ GOLDEN: dict[str, Any] = {
     "seal of an abstract": "3ddda173232692c7",
     "frame": "8e11112e79cf9fb176616c7565",
     "listing": "01000096000000972cffffffffffffff",
+    "first bytes": [[1], [200, 0], [117, 0]],
 }
 
 

@@ -116,6 +116,25 @@ def test_exact_kv_serves_every_codec_and_what_follows_is_stored_with_it(db: KVDB
         assert kv.match(ids).tokens == 1200
 
 
+@pytest.mark.parametrize("others", [("int8",), ("int8", "int2", "planes")], ids=len)
+def test_the_same_prompt_under_other_codecs_hides_nothing(db: KVDB, others: tuple[str, ...]) -> None:
+    model, ids = tiny("llama"), prompt(TOKENS)
+    for codec in others:
+        with attach(model, db, codec=codec, exact=True) as kv:
+            kv.save(kv.cache(ids), name=codec)
+    reused = []
+    for _ in range(2):
+        with attach(model, db, codec="int4", exact=True) as kv:
+            cache = kv.cache(ids[:, :1201])
+            reused.append(cache.metrics.reused_tokens)
+            kv.save(cache, name="int4")
+            match = kv.match(ids)
+            assert match.tokens == 1200
+            assert match.reason == f"{TOKENS - 1} tokens are stored, but not with fidelity 'exact' or 'int4'"
+    assert reused == [0, 1200]
+    assert db.info()["segments"] == len(others) + 1
+
+
 def test_what_was_computed_under_a_budget_says_so_beside_its_codec(db: KVDB) -> None:
     model, ids = tiny("llama"), prompt(TOKENS)
     with attach(model, db, codec="int8", budget=0.2) as kv:
@@ -125,7 +144,7 @@ def test_what_was_computed_under_a_budget_says_so_beside_its_codec(db: KVDB) -> 
     assert [s.info.fidelity for s in db.segments(db.sequence("n").spans)] == 2 * ["int8"] + 2 * ["budget=0.2 int8"]
     with attach(model, db, codec="int8") as kv:
         longer = torch.tensor([cache.tokens[0]])
-        assert kv.match(longer).tokens == TOKENS // 16 * 16
+        assert kv.match(longer).tokens == TOKENS - 1
         with pytest.raises(InvalidInput, match=r"its fidelity is 'budget=0\.2 int8', expected 'exact' or 'int8'"):
             kv.load("n")
 

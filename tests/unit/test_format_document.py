@@ -340,12 +340,16 @@ def test_identities_are_addressed_by_the_documented_digest(root: Path) -> None:
     assert set(table(root, "identities")) == {identity().digest().hex(), OTHER.digest().hex()}
 
 
+def first_byte(fidelity: str) -> int:
+    return 1 if fidelity == "exact" else 2 + xxhash.xxh3_64_intdigest(fidelity.encode()) % 254
+
+
 def test_the_tree_lists_every_segment_under_the_documented_keys(root: Path) -> None:
     expected = set()
     for segment, info in infos(root).items():
         path = path_of(root, segment)[1]
         key = hashlib.blake2b(b"kvdb prefix 1\0" + bytes.fromhex(info["identity"]), digest_size=16).digest()
-        exact = b"\1" if info["fidelity"] == "exact" else b"\0"
+        first = bytes([first_byte(info["fidelity"])])
         for k in range((len(path) - 1) // 64 + 1):
             if k:
                 block = struct.pack("<64I", *path[64 * (k - 1) : 64 * k])
@@ -353,7 +357,7 @@ def test_the_tree_lists_every_segment_under_the_documented_keys(root: Path) -> N
             if k >= info["start"] // 64:
                 held = path[64 * k : 64 * k + 64]
                 padded = struct.pack(">64I", *held, *[2**32 - 1] * (64 - len(held)))
-                expected.add((key, exact + padded + bytes.fromhex(segment)))
+                expected.add((key, first + padded + bytes.fromhex(segment)))
     found = [(key, value) for key, value, _ in entries(root, "tree")]
     assert {len(value) for _, value in found} == {273}
     assert found == sorted(expected)
@@ -363,14 +367,24 @@ def agreement(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def lookup(root: Path, ident: str, tokens: list[int], *, exact: bool) -> int:
+def lookup(root: Path, ident: str, tokens: list[int], accepted: list[str] | None) -> int:
     """Length of the longest stored prefix, by the document's search."""
-    listed: dict[bytes, list[bytes]] = {}
+
+    def counts(value: bytes) -> bool:
+        segment: str | None = value[257:273].hex()
+        while segment is not None:
+            if accepted is not None and fidelities[segment]["fidelity"] not in accepted:
+                return False
+            segment = fidelities[segment]["parent"]
+        return True
+
+    fidelities, listed = infos(root), dict[bytes, list[bytes]]()
     for node, value, _ in entries(root, "tree"):
-        listed.setdefault(node, []).append(value)
+        if counts(value):
+            listed.setdefault(node, []).append(value)
     key = hashlib.blake2b(b"kvdb prefix 1\0" + bytes.fromhex(ident), digest_size=16).digest()
     last, k = None, 0
-    while any(value[0] or not exact for value in listed.get(key, [])):
+    while key in listed:
         last = (key, k)
         if 64 * (k + 1) > len(tokens):
             break
@@ -380,26 +394,30 @@ def lookup(root: Path, ident: str, tokens: list[int], *, exact: bool) -> int:
         return 0
     node, k = last
     block = tokens[64 * k : 64 * k + 64]
-    best = 0
-    for flag in (b"\1",) if exact else (b"\1", b"\0"):
-        wanted = flag + struct.pack(">64I", *block, *[2**32 - 1] * (64 - len(block)))
+    firsts = {v[0] for v in listed[node]} if accepted is None else {0, *map(first_byte, accepted)}
+    near: list[tuple[int, bytes]] = []
+    for first in firsts:
+        wanted = bytes([first]) + struct.pack(">64I", *block, *[2**32 - 1] * (64 - len(block)))
         place = sum(value < wanted for value in listed[node])
-        for value in listed[node][max(0, place - 1) : place + 1]:
-            if value[:1] == flag:
-                best = max(best, agreement(path_of(root, value[257:273].hex())[1], tokens))
-    return best
+        near += [
+            (agreement(list(struct.unpack(">64I", value[1:257])), block), value)
+            for value in listed[node][max(0, place - 1) : place + 1]
+            if value[0] == first
+        ]
+    return agreement(path_of(root, max(near)[1][257:273].hex())[1], tokens)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_lookup_of_the_document_finds_what_the_engine_finds(root: Path, exact: bool) -> None:
+@pytest.mark.parametrize("accepted", [["exact"], ["exact", "sparse"], ["exact", "other"], None], ids=str)
+def test_the_lookup_of_the_document_finds_what_the_engine_finds(root: Path, accepted: list[str] | None) -> None:
     lists = [TOKENS, FORK, TOKENS[:64], TOKENS[:70], TOKENS[:1], token_list(40, 3), token_list(9, 8)]
     lists += [np.concatenate((t[:n], token_list(70, 7))) for t in (TOKENS, FORK) for n in (0, 5, 64, 90, 130, 140)]
     wanted = [agreement(path_of(root, segment)[1], TOKENS.tolist()) for segment in infos(root)]
-    assert lookup(root, identity().digest().hex(), TOKENS.tolist(), exact=exact) == max(wanted) == 150
+    assert lookup(root, identity().digest().hex(), TOKENS.tolist(), accepted) == max(wanted) == 150
     asked = [(ident, tokens) for ident in (identity(), OTHER) for tokens in lists]
-    found = [lookup(root, ident.digest().hex(), tokens.tolist(), exact=exact) for ident, tokens in asked]
+    found = [lookup(root, ident.digest().hex(), tokens.tolist(), accepted) for ident, tokens in asked]
     with KVDB.open(root, "r") as db:
-        assert found == [db.match(ident, tokens, exact=exact).tokens for ident, tokens in asked]
+        options = {"exact": accepted is not None, "accepted": accepted or ()}
+        assert found == [db.match(ident, tokens, **options).tokens for ident, tokens in asked]
 
 
 def test_sequences_are_spans_from_position_zero(root: Path) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Array, token_lists
 
-from kvdb.prefix import BLOCK_TOKENS, LISTING_BYTES, block_keys, common_prefix, listed_tokens, listing
+from kvdb.identity import EXACT
+from kvdb.prefix import BLOCK_TOKENS, LISTING_BYTES, block_keys, common_prefix, first_bytes, listed_tokens, listing
 
 MINE, THEIRS = b"m" * 32, b"t" * 32
 
@@ -51,26 +52,36 @@ def test_common_prefix_counts_leading_equal_tokens(a: Array, b: Array, shared: i
     assert n == min(len(a), len(b)) or a[n] != b[n]
 
 
-def test_a_listing_is_a_flag_then_big_endian_tokens_then_padding() -> None:
-    found = listing(True, np.array([1, 258], "<u4"))
+def test_a_listing_is_a_byte_for_its_fidelity_then_big_endian_tokens_then_padding() -> None:
+    found = listing(1, np.array([1, 258], "<u4"))
     assert found == b"\1" + bytes([0, 0, 0, 1, 0, 0, 1, 2]) + b"\xff" * 4 * (BLOCK_TOKENS - 2)
     assert len(found) == LISTING_BYTES
     assert listed_tokens(found)[:3].tolist() == [1, 258, 2**32 - 1]
 
 
-@given(token_lists(0, BLOCK_TOKENS), token_lists(0, BLOCK_TOKENS))
-def test_listings_sort_like_token_lists_and_the_exact_come_last(a: Array, b: Array) -> None:
+@given(token_lists(0, BLOCK_TOKENS), token_lists(0, BLOCK_TOKENS), st.integers(0, 255), st.integers(0, 255))
+def test_listings_sort_by_first_byte_and_then_like_token_lists(a: Array, b: Array, first: int, other: int) -> None:
     longest = [2**32]  # a list that ends comes after those that go on
-    assert (listing(True, a) < listing(True, b)) == ([*a.tolist(), *longest] < [*b.tolist(), *longest])
-    assert listing(False, a) < listing(True, b)
+    lists = [first, *a.tolist(), *longest], [other, *b.tolist(), *longest]
+    assert (listing(first, a) < listing(other, b)) == (lists[0] < lists[1])
+
+
+@given(st.text(min_size=1, max_size=64))
+def test_no_fidelity_but_exact_has_the_first_byte_of_exact(fidelity: str) -> None:
+    written, *earlier = first_bytes(fidelity)
+    if fidelity == EXACT:
+        assert (written, earlier) == (1, [])
+    else:
+        assert 2 <= written <= 255
+        assert earlier == [0]
 
 
 @given(st.lists(token_lists(1, BLOCK_TOKENS), min_size=1, max_size=12), token_lists(1, BLOCK_TOKENS))
 def test_the_longest_agreement_with_any_list_is_a_neighbour_in_the_order_of_listings(
     stored: list[Array], wanted: Array
 ) -> None:
-    ordered = sorted(stored, key=lambda tokens: listing(True, tokens))
-    place = sum(listing(True, tokens) < listing(True, wanted) for tokens in ordered)
+    ordered = sorted(stored, key=lambda tokens: listing(1, tokens))
+    place = sum(listing(1, tokens) < listing(1, wanted) for tokens in ordered)
     neighbours = ordered[max(0, place - 1) : place + 1]
     best = max(common_prefix(tokens, wanted) for tokens in stored)
     assert max(common_prefix(tokens, wanted) for tokens in neighbours) == best

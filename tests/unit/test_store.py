@@ -291,6 +291,24 @@ def test_a_replaced_sequence_is_forgotten_unless_it_has_a_name(path: Path) -> No
         assert {s.key for s in db.sequences()} == {named.key, new.key}
 
 
+@pytest.mark.parametrize("stop", [64, 100])
+def test_an_equal_segment_is_adopted_though_others_hold_the_same_tokens(path: Path, stop: int) -> None:
+    """Of its own fidelity, and after the same parent: exact ones, and those of any other fidelity, neither hide it nor stand for it."""
+    tokens = token_list(stop)
+    with opened(path) as db:
+        parent = db.commit(write_segment(db, tokens[:32]), tokens[:32]).segment.info.segment
+        segments = [
+            db.commit(write_segment(db, tokens, start=start, parent=after, fidelity=fidelity), tokens[start:]).segment
+            for _ in range(2)
+            for start, after in ((0, None), (32, parent))
+            for fidelity in (EXACT, "int8", "int4", "sparse")
+        ]
+        ids = [segment.info.segment for segment in segments]
+        assert ids[:8] == ids[8:]
+        assert len(set(ids)) == 8
+        assert_healthy(db)
+
+
 def test_the_fidelity_of_a_sequence_is_that_of_its_last_inexact_segment(path: Path) -> None:
     tokens = token_list(96)
     with opened(path) as db:
