@@ -633,7 +633,12 @@ def test_a_sequence_travels_in_one_file(store: Path, tmp_path: Path) -> None:
         (
             ["abstracts", "--set", "sketch"],
             "kvdb.summarise._fill",
-            "a sequence that was done stays so, any other has what it had; the same command goes on from there",
+            "a sequence that was done stays so, any other is what it was; the same command goes on from there",
+        ),
+        (
+            ["compact", "--codec", "int4"],
+            "kvdb.recode._copy",
+            "a sequence that was done stays so, any other is what it was; the same command goes on from there",
         ),
         (["export", "chat", "x.zip"], "kvdb.portable._put", "x.zip was not written"),
         (["import", "y.zip"], "kvdb.portable._extract", "nothing was imported"),
