@@ -170,6 +170,8 @@ def test_a_certificate_needs_exact_keys(db: KVDB) -> None:
         ("int4;99=raw", InvalidInput, r"layers \[99\], expected some of"),
         ("int4;0", InvalidInput, "'0', expected LAYER=CODEC"),
         ("int4;0=raw;0=int8", InvalidInput, "layer 0 twice"),
+        ("int4;5-2=raw", InvalidInput, "'5-2=raw', expected LAYER=CODEC or FIRST-LAST=CODEC"),
+        (f"int4;{'9' * 5000}=raw", InvalidInput, "expected LAYER=CODEC"),
         ("int4:group=7", InvalidInput, "7"),
         ("int4:bits=3", Unsupported, "bits"),
         (4, InvalidInput, "codec is 4, expected a name"),
@@ -196,3 +198,16 @@ def test_numbers_that_a_codec_cannot_keep_are_named_and_nothing_is_lost(db: KVDB
     with attach(model, db, codec="int8", exact=True) as kv:
         assert kv.match(ids).tokens == 1099
     assert_healthy(db)
+
+
+def test_what_is_read_is_a_share_of_what_is_stored(db: KVDB) -> None:
+    """By rows of the codec, whatever they hold."""
+    model, ids, shares = tiny("llama"), prompt(TOKENS), {}
+    for codec in ("int4", "raw"):  # exact KV would serve both
+        with attach(model, db, codec=codec, budget=0.2) as kv:
+            cache = kv.cache(ids)
+            logits(model, cache, ids)
+            shares[codec] = cache.stats()["kv_bytes_read_share"]
+    # The first chunk, as it is and always read, weighs more among coded ones. Coded bytes of raw ones would be .04.
+    assert 0 < shares["raw"] <= 0.2
+    assert shares["raw"] < shares["int4"] < 0.25

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvdb.errors import InvalidInput
-from kvdb.identity import EXACT, Identity, check_fidelity, tagged_digest
+from kvdb.identity import EXACT, Identity, check_fidelity, joined_fidelity, tagged_digest
 
 GOLDEN = Identity(
     weights="sha256:00ff", config={"rope_theta": "10000.0", "layers": "30"}, dtype="bfloat16", salt="tenant"
@@ -82,3 +82,18 @@ def test_an_unprintable_fidelity_is_refused(fidelity: str) -> None:
 
 def test_exact_is_a_fidelity() -> None:
     assert check_fidelity(EXACT) == EXACT
+
+
+PARTS = st.sampled_from(
+    [EXACT, "int4", "budget=0.2", "mixed", "planes:bits=6+int8;0=raw;7=int8;9=int4", "int2;" + "1=raw;" * 20]
+)
+
+
+@given(st.lists(PARTS, min_size=1, max_size=8))
+def test_a_fidelity_joined_again_stays_what_it_is(parts: list[str]) -> None:
+    found = EXACT
+    for part in parts:
+        found = check_fidelity(joined_fidelity(found, part))
+    assert (found == EXACT) == (set(parts) == {EXACT})
+    for part in (*parts, EXACT, found):
+        assert joined_fidelity(found, part) == found

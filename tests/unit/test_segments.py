@@ -200,6 +200,15 @@ def test_codecs_that_no_version_writes_are_refused(tmp_path: Path, config: dict[
         codecs_of(msgspec.structs.replace(info, codec=CodecSpec(name="groups", config=config)))
 
 
+def test_a_segment_that_calls_a_lossy_codec_exact_is_not_believed(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as db:
+        info = extend(db, token_list(16)).last.info
+    spec = CodecSpec(name="groups", config={"groups": [CodecPlan.parse("int4").usual.spec()]})
+    assert len(codecs_of(msgspec.structs.replace(info, codec=spec, fidelity="int4"))) == 1
+    with pytest.raises(Damaged, match="fidelity 'exact' with a lossy codec"):
+        codecs_of(msgspec.structs.replace(info, codec=spec))
+
+
 def test_a_lossy_codec_is_never_exact(tmp_path: Path) -> None:
     with (
         opened(tmp_path / "s") as db,
