@@ -52,6 +52,10 @@ class ArrayWriter:
         if data.nbytes >= _WRITEBACK_BYTES:
             files.start_writeback(self.fd, offset, data.nbytes)
 
+    def shorten(self, size: int) -> None:
+        """Give back the room that was reserved beyond the first `size` bytes."""
+        files.truncate(self.fd, size, self._path)
+
     def describe(self, metadata: bytes) -> None:
         """Write zarr.json."""
         path = self.folder / format.METADATA_KEY

@@ -28,7 +28,7 @@ from kvdb.entries import SegmentEntry, Sequence, spans_root
 from kvdb.errors import Damaged, KVDBError, Problem
 from kvdb.format import SegmentInfo
 from kvdb.identity import Identity
-from kvdb.segments import abstract_layout, codec_of, layout, row_bytes
+from kvdb.segments import abstract_layout, block_file, codec_of, layout, row_bytes
 from kvdb.transaction import Transaction
 
 
@@ -253,9 +253,17 @@ def _check_shard(
             yield Problem(where, "size", f"{size} bytes, expected {place.file_bytes}")
             return
         g, row = info.geometry.groups[group], row_bytes(info, group)
-        index = format.shard_index(info.geometry, group, info.capacity, info.chunks, row)
-        if files.pread(fd, len(index), place.index_offset) != index:
-            yield Problem(where, "index", "shard index differs, expected the one its geometry gives")
+        blocks = None
+        if codec_of(info, group).blocks is not None:
+            try:
+                blocks = block_file(info, group, fd, path)
+            except Damaged as e:
+                yield Problem(where, "index", str(e))
+                return
+        else:
+            index = format.shard_index(info.geometry, group, info.capacity, info.chunks, row)
+            if files.pread(fd, len(index), place.index_offset) != index:
+                yield Problem(where, "index", "shard index differs, expected the one its geometry gives")
         count = len(g.layers) * info.capacity * g.kv_heads
         digest_bytes = files.pread(fd, 8 * count, place.digests_offset)
         if sections.get("digests") != format.section(place.digests_offset, digest_bytes):
@@ -269,16 +277,27 @@ def _check_shard(
         for layer_row, layer in enumerate(g.layers):
             first = layer_row * info.capacity * g.kv_heads
             live = info.chunks * g.kv_heads
-            data = files.pread(fd, live * row, first * row)
-            rows = np.frombuffer(data, np.uint8).reshape(live, row)
-            actual = format.record_digests(info.segment, first, rows)
-            for record in np.flatnonzero(actual != expected[layer_row, :live]).tolist():
-                chunk, head = divmod(record, g.kv_heads)
-                yield Problem(
-                    f"{where}, layer {layer}, chunk {chunk}, head {head}, offset {(first + record) * row}",
-                    "record",
-                    f"xxh3 is {int(actual[record]):#018x}, expected {int(expected[layer_row, record]):#018x}",
-                )
+            at_once = live if blocks is None else blocks.form.records
+            for begin in range(0, live, at_once):
+                count = min(at_once, live - begin)
+                try:
+                    if blocks is None:
+                        data = files.pread(fd, count * row, (first + begin) * row)
+                        rows = np.frombuffer(data, np.uint8).reshape(count, row)
+                    else:
+                        rows = blocks.rows(layer_row, begin // at_once)[:count]
+                except Damaged as e:
+                    yield Problem(f"{where}, layer {layer}, block {begin // at_once}", "record", str(e))
+                    continue
+                actual = format.record_digests(info.segment, first + begin, rows)
+                for i in np.flatnonzero(actual != expected[layer_row, begin : begin + count]).tolist():
+                    chunk, head = divmod(begin + i, g.kv_heads)
+                    offset = "" if blocks is not None else f", offset {(first + begin + i) * row}"
+                    yield Problem(
+                        f"{where}, layer {layer}, chunk {chunk}, head {head}{offset}",
+                        "record",
+                        f"xxh3 is {int(actual[i]):#018x}, expected {int(expected[layer_row, begin + i]):#018x}",
+                    )
     finally:
         files.close(fd)
 

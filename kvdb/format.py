@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 
 from kvdb.abstracts import Abstract
-from kvdb.codecs import RecordCodec
+from kvdb.codecs import BlockForm, RecordCodec
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import Identity
@@ -37,7 +37,8 @@ SHARD_KEY = "c.0.0.0.0.0"
 """The only chunk key of every array here: one shard, or one plain chunk, over the whole array; five dimensions."""
 METADATA_KEY = "zarr.json"
 _HEX = frozenset("0123456789abcdef")
-_ABSENT = 0xFFFF_FFFF_FFFF_FFFF
+ABSENT = 0xFFFF_FFFF_FFFF_FFFF
+"""Offset and length, in a shard index, of an inner chunk that is not there."""
 _ZARR_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "uint8": "uint8"}
 
 
@@ -56,6 +57,7 @@ class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     parent         segment holding the positions before `start` (None at 0): parents lead back to position 0
     abstracts      those it has now. They may change: the catalog tells, and KV arrays' attributes leave them out
     cipher         how rows are encrypted after the codec; None: they are not. No cipher is defined yet
+    packed         bytes of the payload of each layer group whose rows are compressed in blocks, 0 of others; left out where no group's are
     """
 
     segment: str
@@ -70,6 +72,7 @@ class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     created: float
     abstracts: tuple[str, ...] = ()
     cipher: str | None = None
+    packed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         ids = (self.segment, self.parent) if self.parent is not None else (self.segment,)
@@ -132,27 +135,63 @@ class ShardLayout(NamedTuple):
     file_bytes: int
 
 
-def shard_layout(geometry: Geometry, group: int, capacity: int, tokens: int, row_bytes: int) -> ShardLayout:
-    """Where everything lies in the shard of `group`. `row_bytes`: stored bytes of one record, from the codec."""
+def shard_layout(
+    geometry: Geometry, group: int, capacity: int, tokens: int, row_bytes: int, packed: tuple[int, int] | None = None
+) -> ShardLayout:
+    """Where everything lies in the shard of `group`.
+
+    row_bytes  stored bytes of one record, from the codec
+    packed     of rows that are compressed in blocks: bytes of all blocks, and blocks of a layer
+    """
     layers, heads = len(geometry.groups[group].layers), geometry.groups[group].kv_heads
     records = layers * capacity * heads
-    payload = records * row_bytes
+    payload, per_layer = packed or (records * row_bytes, capacity)
     digests = payload + -payload % 8
     token_ids = digests + 8 * records
     index = token_ids + (4 * tokens if group == 0 else 0)
-    return ShardLayout(payload, digests, token_ids, index, index + 16 * layers * capacity + 4)
+    return ShardLayout(payload, digests, token_ids, index, index + 16 * layers * per_layer + 4)
 
 
 def shard_index(geometry: Geometry, group: int, capacity: int, chunks: int, row_bytes: int) -> bytes:
     """Zarr v3 shard index over (layer, chunk): `chunks` of `capacity` slots are present."""
     layers = len(geometry.groups[group].layers)
     slot = geometry.groups[group].kv_heads * row_bytes
-    index = np.full((layers, capacity, 2), _ABSENT, "<u8")
+    index = np.full((layers, capacity, 2), ABSENT, "<u8")
     places = np.arange(layers)[:, None] * capacity + np.arange(chunks)[None, :]
     index[:, :chunks, 0] = places * slot
     index[:, :chunks, 1] = slot
-    body = index.tobytes()
+    return block_index(index)
+
+
+def block_index(places: np.ndarray[Any, np.dtype[np.uint64]]) -> bytes:
+    """Zarr v3 shard index: places (layers, inner chunks, 2) u64, offset and length."""
+    body = places.tobytes()
     return body + struct.pack("<I", google_crc32c.value(body))
+
+
+def block_places(data: bytes, layers: int, payload: int, form: BlockForm, chunks: int, capacity: int) -> Any:
+    """Where the blocks of the first `chunks` chunks of each layer lie: inverse of `block_index`.
+
+    payload  bytes of all blocks; none lies outside, or is larger than a block can be
+    raises   Damaged for anything else
+    """
+    body, per_layer = data[:-4], form.count(capacity)
+    if len(body) != 16 * layers * per_layer or struct.unpack("<I", data[-4:])[0] != google_crc32c.value(body):
+        raise Damaged(f"shard index of {len(data)} bytes does not match its crc32c, expected it to")
+    places = np.frombuffer(body, "<u8").reshape(layers, per_layer, 2)
+    offsets, lengths = places[:, : form.count(chunks)].reshape(-1, 2).T
+    wrong = (
+        (lengths > form.most_stored)
+        | (lengths > payload)
+        | (offsets > np.uint64(payload) - np.minimum(lengths, payload))
+    )
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        raise Damaged(
+            f"shard index: a block of {int(lengths[at])} bytes at {int(offsets[at])}, expected it within {payload} and at most "
+            f"{form.most_stored}"
+        )
+    return places
 
 
 Sections = dict[str, tuple[int, int, str]]
@@ -176,21 +215,23 @@ def record_digests(segment: str, first_record: int, rows: np.ndarray[Any, np.dty
     returns       (n,) little-endian u64
     """
     seed, digest = place_seed(segment) + first_record, xxhash.xxh3_64_intdigest
-    return np.array([digest(row, (seed + i) & _ABSENT) for i, row in enumerate(rows)], "<u8")
+    return np.array([digest(row, (seed + i) & ABSENT) for i, row in enumerate(rows)], "<u8")
 
 
 def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: RecordCodec, sections: Sections) -> bytes:
-    """zarr.json of a KV array: one shard, inner chunk = one chunk of one layer. Records that are stored as they are show as numbers
-    (layer, head, kv, token, dim), others as rows of bytes (layer, plane, chunk, head, byte)."""
+    """zarr.json of a KV array: one shard, inner chunk = one chunk or one block of one layer. Records that are stored as they are show as
+    numbers (layer, head, kv, token, dim), others as rows of bytes (layer, plane, chunk, head, byte)."""
     g, ct, layers = info.geometry.groups[group], info.geometry.chunk_tokens, len(info.geometry.groups[group].layers)
+    compressed: list[dict[str, Any]] = []
     if codec.stored_as_is:
-        inner, names, dtype = (
-            [1, g.kv_heads, 2, ct, g.head_dim],
-            ["layer", "head", "kv", "token", "dim"],
-            info.geometry.dtype,
-        )
+        together, count = ct, info.capacity  # tokens of an inner chunk, and how many of these a layer has room for
+        if codec.blocks is not None:
+            form = BlockForm.of(info.geometry, group, info.capacity, codec.blocks.tokens)
+            together, count, compressed = form.tokens, form.count(info.capacity), codec.blocks.zarr(form)
+        names, dtype = ["layer", "head", "kv", "token", "dim"], info.geometry.dtype
+        inner = [1, g.kv_heads, 2, together, g.head_dim]
         shape = [layers, g.kv_heads, 2, info.tokens, g.head_dim]
-        whole = [layers, g.kv_heads, 2, info.capacity * ct, g.head_dim]
+        whole = [layers, g.kv_heads, 2, count * together, g.head_dim]
     else:
         row = codec.row_bytes(ct, g.head_dim, info.geometry.dtype)
         inner, names, dtype = [1, 1, 1, g.kv_heads, row], ["layer", "plane", "chunk", "head", "byte"], "uint8"
@@ -200,7 +241,7 @@ def kv_metadata(info: SegmentInfo, identity: Identity, group: int, codec: Record
         "name": "sharding_indexed",
         "configuration": {
             "chunk_shape": inner,
-            "codecs": [little],
+            "codecs": [little, *compressed],
             "index_codecs": [little, {"name": "crc32c"}],
             "index_location": "end",
         },

@@ -6,6 +6,9 @@
     pread  positioned reads into the caller's buffer: no map, so a truncated file is an error and never a SIGBUS. The
            way for network file systems.
 
+Rows that are compressed in blocks are the same to both: a block is read and unpacked whole, into memory where rows are then found as
+in a map.
+
 Every record is compared with its digest before it is used: `verify` "always", the "first" time it is read through a store
 handle (the default), or "never". The digests themselves are sealed by the catalog. What is missing is an error and never
 zeros; on the first touch pages are brought in by a call that can fail, so that a device error or a cut file is an error
@@ -28,8 +31,9 @@ import xxhash
 
 from kvdb import files, forks, format
 from kvdb.abstracts import ABSTRACTS
+from kvdb.blocks import Unpacked, UnpackedArray
 from kvdb.errors import Damaged, InvalidInput
-from kvdb.segments import Segment, abstract_layout, codec_of, layout, row_bytes
+from kvdb.segments import Segment, abstract_layout, block_file, codec_of, layout, row_bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _U64: Final = (1 << 64) - 1
@@ -76,7 +80,7 @@ class _OpenArray:
 
     __slots__ = (
         "base", "codec", "digests", "fd", "group", "heads", "info", "layer_records", "path", "planes", "row", "seen",
-        "verified", "view",
+        "unpacked", "verified", "view",
     )  # fmt: skip
 
     def __init__(self, segment: Segment, group: int) -> None:
@@ -89,10 +93,17 @@ class _OpenArray:
         self.base: _mmap.mmap | None = None
         self.view: Array = np.empty((0, self.row), np.uint8)  # [records, row_bytes]
         self.planes: Array = np.empty((0, 0))  # [2 * records, plane values] when stored as is
+        self.unpacked: UnpackedArray | None = None  # what `view` shows, of rows that are compressed in blocks
         self.seen = np.zeros(0, bool)
         self.digests: Array | None = None  # [records] u64, when there is something to verify
         self.verified = np.zeros(0, bool)
         self.path, self.fd = _open_checked(segment, group, layout(info, group), self.row)
+
+    def show(self, flat: Array) -> None:
+        """Let rows be found in `flat`, the payload as bytes."""
+        self.view = flat.reshape(-1, self.row)
+        if self.codec.stored_as_is:
+            self.planes = flat.view(self.info.geometry.storage_dtype).reshape(2 * len(self.view), -1)
 
     def load_digests(self, seal: str) -> None:
         """raises  Damaged when the digests do not match the seal that the catalog holds"""
@@ -153,13 +164,21 @@ class Reader(ABC):
     """Contract: whole files are checked on `open`, every byte asked for is delivered or an error is raised."""
 
     name: ClassVar[str]
+    UNPACKED_BYTES: ClassVar[int] = 1 << 30
+    """Most that unpacked blocks take in memory, but for those of one read."""
 
     def __init__(self, verify: str = "first", verified: Verified | None = None) -> None:
         self.bytes_read = 0
+        self._unpacked = Unpacked(self.UNPACKED_BYTES)
         self._verify, self._verified = verify, verified or Verified()
         self._open: dict[tuple[str, int], _OpenArray] = {}
         self._abstracts: dict[_AbstractKey, tuple[Path, int]] = {}  # path, descriptor
         self._plane_digests: dict[_AbstractKey, list[str]] = {}
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """What unpacked blocks take in memory now."""
+        return self._unpacked.nbytes
 
     def open(self, segment: Segment) -> None:
         """Open all files of a segment now instead of at the first read: what is open stays readable if it is deleted.
@@ -320,8 +339,10 @@ class Reader(ABC):
         while self._open:
             self._release(self._open.popitem()[1])
 
-    @staticmethod
-    def _release(array: _OpenArray) -> None:
+    def _release(self, array: _OpenArray) -> None:
+        if array.unpacked is not None:
+            self._unpacked.forget(array.unpacked)
+            array.unpacked = None
         files.close(array.fd)
         array.view = array.planes = np.empty(0)
         if array.base is not None:
@@ -346,7 +367,12 @@ class Reader(ABC):
                     array.load_digests(segment.seals.get(name, "no seal"))
                     assert array.digests is not None
                     array.verified = self._verified.of(files.content_of(array.fd), len(array.digests))
-                self._prepare(array, layout(segment.info, group).payload_bytes)
+                if array.codec.blocks is not None:
+                    file = block_file(segment.info, group, array.fd, array.path)
+                    array.unpacked = UnpackedArray(file, segment.info.capacity)
+                    array.show(array.unpacked.view.reshape(-1))
+                else:
+                    self._prepare(array, layout(segment.info, group).payload_bytes)
             except BaseException:
                 self._release(array)
                 raise
@@ -355,23 +381,36 @@ class Reader(ABC):
 
     @abstractmethod
     def _prepare(self, array: _OpenArray, payload_bytes: int) -> None:
-        """Called once after opening, before the first fetch."""
+        """Called once after opening, before the first fetch; not of compressed rows."""
 
-    @abstractmethod
+    def _bring(self, array: _OpenArray, rows: Array) -> None:
+        """Have rows where `array.view` shows them."""
+        assert array.unpacked is not None
+        self._unpacked.bring(array.unpacked, rows)
+
     def _fetch_planes(self, array: _OpenArray, rows: Array, out: Array) -> None:
         """Copy rows that are stored as they are (numbered in the whole shard, in range) into `out`, K planes first."""
+        self._bring(array, rows)
+        planes = np.concatenate((2 * rows, 2 * rows + 1))
+        # mode="clip" is 2.6x faster than "raise"; `read` has checked the range.
+        np.take(array.planes, planes, axis=0, out=out.reshape(len(planes), -1), mode="clip")
 
-    @abstractmethod
     def _stored(self, array: _OpenArray, rows: Array, out: Array) -> Callable[[int], Any]:
         """The bytes behind what `_fetch_planes` has copied to `out`: i -> those of rows[i], contiguous."""
+        view, numbers = array.view, rows.tolist()
+        return lambda i: view[
+            numbers[i]
+        ]  # the pages just copied; joining the planes again would take three times as long
 
-    @abstractmethod
     def _fetch_coded(self, array: _OpenArray, rows: Array) -> tuple[Array, Array]:
         """Rows where a codec can take them from: (m, row_bytes) uint8, and which of those they are, (n,) int64."""
+        self._bring(array, rows)
+        return array.view, rows
 
-    @abstractmethod
     def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
         """Stored rows, (n, row_bytes) uint8."""
+        self._bring(array, rows)
+        return np.take(array.view, rows, axis=0, mode="clip")
 
 
 class MmapReader(Reader):
@@ -386,38 +425,19 @@ class MmapReader(Reader):
     def _prepare(self, array: _OpenArray, payload_bytes: int) -> None:
         array.base = files.mmap(array.fd, payload_bytes)
         array.base.madvise(_mmap.MADV_RANDOM)
-        flat = np.frombuffer(array.base, np.uint8)
-        array.view = flat.reshape(-1, array.row)
-        if array.codec.stored_as_is:
-            array.planes = flat.view(array.info.geometry.storage_dtype).reshape(2 * len(array.view), -1)
+        array.show(np.frombuffer(array.base, np.uint8))
         array.seen = np.zeros(len(array.view), bool)
 
-    def _fetch_planes(self, array: _OpenArray, rows: Array, out: Array) -> None:
-        self._prefetch(array, rows)
-        planes = np.concatenate((2 * rows, 2 * rows + 1))
-        # mode="clip" is 2.6x faster than "raise"; `read` has checked the range.
-        np.take(array.planes, planes, axis=0, out=out.reshape(len(planes), -1), mode="clip")
-
-    def _stored(self, array: _OpenArray, rows: Array, out: Array) -> Callable[[int], Any]:
-        view, numbers = array.view, rows.tolist()
-        return lambda i: view[
-            numbers[i]
-        ]  # the pages just copied; joining the planes again would take three times as long
-
-    def _fetch_coded(self, array: _OpenArray, rows: Array) -> tuple[Array, Array]:
-        self._prefetch(array, rows)
-        return array.view, rows
-
-    def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
-        self._prefetch(array, rows)
-        return np.take(array.view, rows, axis=0, mode="clip")
-
-    def _prefetch(self, array: _OpenArray, rows: Array) -> None:
+    def _bring(self, array: _OpenArray, rows: Array) -> None:
         """Have the kernel fetch all cold pages together, then wait for them where an error can be told."""
+        if array.base is None:
+            super()._bring(array, rows)
+            return
         self._gathers += 1
         if self._gathers % self.LOOK_AGAIN_AFTER == 0:
             for opened in self._open.values():
-                opened.seen &= _cached_rows(opened)
+                if opened.base is not None:
+                    opened.seen &= _cached_rows(opened)
         seen = array.seen[rows]
         if seen.all():
             return
@@ -457,6 +477,9 @@ class PreadReader(Reader):
         """The descriptor is all it needs."""
 
     def _fetch_planes(self, array: _OpenArray, rows: Array, out: Array) -> None:
+        if array.unpacked is not None:
+            super()._fetch_planes(array, rows, out)
+            return
         for i, row in enumerate(rows.tolist()):
             self._read_row(array, row, [memoryview(out[0, i]).cast("B"), memoryview(out[1, i]).cast("B")])
 
@@ -467,6 +490,8 @@ class PreadReader(Reader):
         return self._fetch_rows(array, rows), np.arange(len(rows))
 
     def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
+        if array.unpacked is not None:
+            return super()._fetch_rows(array, rows)
         stored = np.empty((len(rows), array.row), np.uint8)
         for i, row in enumerate(rows.tolist()):
             self._read_row(array, row, [memoryview(stored[i])])

@@ -177,7 +177,7 @@ def _copy(reader: Reader, writer: SegmentWriter, piece: _Piece) -> None:
                 name: reader.stored_abstract(piece.segment, name, layer)[:, first : first + chunks]
                 for name in info.abstracts
             }
-        if old == new and built is not None:
+        if (old.key, old.value) == (new.key, new.value) and built is not None:
             writer.append_rows(layer, reader.rows(piece.segment, layer, records), built, count)
             continue
         out = np.empty((2, len(records), ct, g.head_dim), info.geometry.storage_dtype)

@@ -21,7 +21,8 @@ import numpy as np
 from kvdb import files, format
 from kvdb.abstracts import ABSTRACTS, build_all
 from kvdb.arrays import ARRAY_OVERHEAD, AbstractWriter, ArrayWriter, abstract_bytes
-from kvdb.codecs import RAW, RecordCodec
+from kvdb.blocks import BlockFile, BlockWriter
+from kvdb.codecs import RAW, BlockForm, RecordCodec
 from kvdb.entries import SegmentEntry
 from kvdb.errors import Damaged, InvalidInput, Unsupported
 from kvdb.format import CodecSpec, SegmentInfo
@@ -68,7 +69,7 @@ def codecs_of(info: SegmentInfo) -> tuple[RecordCodec, ...]:
             f"segment {info.segment}: abstracts {unknown}, expected some of {sorted(ABSTRACTS)}; upgrade kvdb"
         )
     name, config, groups = info.codec.name, info.codec.config, info.geometry.groups
-    if name == _AS_IS.name and not config:
+    if name == _AS_IS.name and not config and not info.packed:
         return (RAW.usual,) * len(groups)
     if name != _BY_GROUP or set(config) != {_BY_GROUP}:
         raise Unsupported(
@@ -78,6 +79,7 @@ def codecs_of(info: SegmentInfo) -> tuple[RecordCodec, ...]:
         codecs = tuple(RecordCodec.from_spec(spec) for spec in config[_BY_GROUP])
         for g, codec in zip(groups, codecs, strict=True):
             codec.check(info.geometry.chunk_tokens, g.head_dim, info.geometry.dtype)
+        _check_packed(info, codecs)
     except Unsupported as e:
         raise Unsupported(f"segment {info.segment}: {e}") from e
     except (InvalidInput, TypeError, ValueError) as e:
@@ -89,15 +91,66 @@ def codecs_of(info: SegmentInfo) -> tuple[RecordCodec, ...]:
     return codecs
 
 
+def _check_packed(info: SegmentInfo, codecs: tuple[RecordCodec, ...]) -> None:
+    """raises  InvalidInput for blocks that cannot be, and payloads that are larger than theirs"""
+    most = [_packed_room(info.geometry, group, codec, info.capacity) for group, codec in enumerate(codecs)]
+    packed = info.packed or (0,) * len(codecs)
+    if len(packed) != len(most) or not all(
+        0 <= n <= room and (n > 0) == (room > 0) for n, room in zip(packed, most, strict=True)
+    ):
+        raise InvalidInput(f"packed is {info.packed}, expected bytes up to {most}")
+
+
+def _packed_room(geometry: Geometry, group: int, codec: RecordCodec, capacity: int) -> int:
+    """Most bytes that the blocks of a group take; 0 where its rows lie in the file one by one.
+
+    raises  InvalidInput for blocks that are too large
+    """
+    if codec.blocks is None:
+        return 0
+    form = BlockForm.of(geometry, group, capacity, codec.blocks.tokens)
+    codec.blocks.check(form)
+    return len(geometry.groups[group].layers) * form.count(capacity) * form.most_stored
+
+
+def block_form(info: SegmentInfo, group: int) -> BlockForm:
+    """Of a group whose rows are compressed in blocks."""
+    blocks = codec_of(info, group).blocks
+    assert blocks is not None
+    return BlockForm.of(info.geometry, group, info.capacity, blocks.tokens)
+
+
+def block_file(info: SegmentInfo, group: int, fd: int, path: Path) -> BlockFile:
+    """The blocks of a group whose rows are compressed, in its open file.
+
+    raises  Damaged for an index that no version writes
+    """
+    codec, form, place = codec_of(info, group).blocks, block_form(info, group), layout(info, group)
+    assert codec is not None
+    where, layers = f"segment {info.segment}, file {path}", len(info.geometry.groups[group].layers)
+    index = files.pread(fd, place.file_bytes - place.index_offset, place.index_offset)
+    try:
+        places = format.block_places(index, layers, place.payload_bytes, form, info.chunks, info.capacity)
+    except Damaged as e:
+        raise Damaged(f"{where}: {e}; run 'kvdb repair'") from e
+    return BlockFile(fd, where, codec, form, places)
+
+
 def codec_of(info: SegmentInfo, group: int) -> RecordCodec:
     """The codec of a layer group; raises as `codecs_of`."""
     return codecs_of(info)[group]
 
 
 def _spec(codecs: tuple[RecordCodec, ...]) -> CodecSpec:
-    if all(codec.stored_as_is for codec in codecs):
+    if all(codec == RAW.usual for codec in codecs):
         return _AS_IS
     return CodecSpec(name=_BY_GROUP, config={_BY_GROUP: [codec.spec() for codec in codecs]})
+
+
+def _packed(geometry: Geometry, codecs: tuple[RecordCodec, ...], capacity: int) -> tuple[int, ...]:
+    """`SegmentInfo.packed` before anything is written: room for the worst."""
+    rooms = tuple(_packed_room(geometry, group, codec, capacity) for group, codec in enumerate(codecs))
+    return rooms if any(rooms) else ()
 
 
 def row_bytes(info: SegmentInfo, group: int) -> int:
@@ -106,8 +159,20 @@ def row_bytes(info: SegmentInfo, group: int) -> int:
     return codec_of(info, group).row_bytes(geometry.chunk_tokens, g.head_dim, geometry.dtype)
 
 
+def payload_bytes(info: SegmentInfo) -> int:
+    """Bytes of KV that the chunks of a segment take on disk."""
+    total = 0
+    for group, g in enumerate(info.geometry.groups):
+        rows = len(g.layers) * info.chunks * g.kv_heads * row_bytes(info, group)
+        total += rows if codec_of(info, group).blocks is None else info.packed[group]
+    return total
+
+
 def layout(info: SegmentInfo, group: int) -> format.ShardLayout:
-    return format.shard_layout(info.geometry, group, info.capacity, info.tokens, row_bytes(info, group))
+    packed = None
+    if codec_of(info, group).blocks is not None:
+        packed = info.packed[group], block_form(info, group).count(info.capacity)
+    return format.shard_layout(info.geometry, group, info.capacity, info.tokens, row_bytes(info, group), packed)
 
 
 def abstract_layout(info: SegmentInfo, group: int, name: str) -> format.AbstractLayout:
@@ -120,8 +185,10 @@ def reserved_bytes(
     """Most that the files of a segment of `capacity` chunks can occupy, folders and metadata included. codecs: of each layer group."""
     total, ct = 0, geometry.chunk_tokens
     for group, (g, codec) in enumerate(zip(geometry.groups, codecs, strict=True)):
-        row = codec.row_bytes(ct, g.head_dim, geometry.dtype)
-        total += format.shard_layout(geometry, group, capacity, capacity * ct, row).file_bytes + ARRAY_OVERHEAD
+        row, packed = codec.row_bytes(ct, g.head_dim, geometry.dtype), None
+        if room := _packed_room(geometry, group, codec, capacity):
+            packed = room, capacity
+        total += format.shard_layout(geometry, group, capacity, capacity * ct, row, packed).file_bytes + ARRAY_OVERHEAD
     return total + sum(abstract_bytes(geometry, name, capacity) for name in abstracts)
 
 
@@ -160,11 +227,13 @@ class SegmentWriter:
             codec=_spec(codecs),
             abstracts=abstracts,
             created=files.now(),
+            packed=_packed(geometry, codecs, capacity),
         )
         self.folder = folder
         self.written = dict.fromkeys(geometry.layers, 0)  # tokens per layer
         self.entry: SegmentEntry | None = None  # once sealed
         self._arrays: list[ArrayWriter] = []
+        self._blocks: dict[int, BlockWriter] = {}  # of groups whose rows are compressed
         self._abstracts: dict[str, AbstractWriter] = {}
         self._sections: list[format.Sections] = [{} for _ in geometry.groups]
         self._digests = [np.zeros(len(g.layers) * capacity * g.kv_heads, "<u8") for g in geometry.groups]
@@ -172,6 +241,9 @@ class SegmentWriter:
             for group in range(len(geometry.groups)):
                 size = layout(self.info, group).payload_bytes
                 self._arrays.append(ArrayWriter(folder, format.kv_array(segment, group), size))
+                if (blocks := codecs[group].blocks) is not None:
+                    layers, form = len(geometry.groups[group].layers), block_form(self.info, group)
+                    self._blocks[group] = BlockWriter(self._arrays[group], blocks, form, layers, capacity)
             for name in abstracts:
                 self._abstracts[name] = AbstractWriter(folder, self.info, name)
         except BaseException:
@@ -180,7 +252,7 @@ class SegmentWriter:
 
     @property
     def segment(self) -> Segment:
-        """For reading back what is already written, before and after sealing (until `publish` moves it)."""
+        """For reading back what is already written, before and after sealing (until `publish` moves it); compressed blocks after it."""
         return Segment(self.info, self.folder)
 
     def codec_of(self, layer: int) -> RecordCodec:
@@ -242,7 +314,10 @@ class SegmentWriter:
         heads, chunk = geometry.groups[group].kv_heads, self.written[layer] // geometry.chunk_tokens
         first = (layer_row * self.info.capacity + chunk) * heads
         self._digests[group][first : first + len(rows)] = format.record_digests(self.info.segment, first, rows)
-        self._arrays[group].write(rows, first * rows.shape[1])
+        if group in self._blocks:
+            self._blocks[group].write(layer_row, rows)
+        else:
+            self._arrays[group].write(rows, first * rows.shape[1])
         for name, planes in abstracts.items():
             self._abstracts[name].write(layer, chunk, planes)
         self.written[layer] += tokens
@@ -276,7 +351,10 @@ class SegmentWriter:
                 f"segment {self.info.segment}: layers hold {sorted(set(self.written.values()))} tokens, "
                 f"expected {tokens} > 0 in each"
             )
-        self.info = msgspec.structs.replace(self.info, tokens=tokens)
+        places, packed = {}, list(self.info.packed)
+        for group, blocks in self._blocks.items():
+            packed[group], places[group] = blocks.finish(self.info.geometry.chunks(tokens))
+        self.info = msgspec.structs.replace(self.info, tokens=tokens, packed=tuple(packed))
         token_bytes = np.ascontiguousarray(token_ids, "<u4")
         seals: dict[str, str] = {}
         for group in range(len(self.info.geometry.groups)):
@@ -288,10 +366,14 @@ class SegmentWriter:
             if group == 0:
                 array.write(token_bytes, place.tokens_offset)
                 self._sections[group]["tokens"] = format.section(place.tokens_offset, token_bytes)
-            index = format.shard_index(
-                self.info.geometry, group, self.info.capacity, self.info.chunks, row_bytes(self.info, group)
-            )
+            if group in places:
+                index = format.block_index(places[group])
+            else:
+                row = row_bytes(self.info, group)
+                index = format.shard_index(self.info.geometry, group, self.info.capacity, self.info.chunks, row)
             array.write(np.frombuffer(index, np.uint8), place.index_offset)
+            if group in places:
+                array.shorten(place.file_bytes)
             self._describe(group)
         for abstract in self._abstracts.values():
             seals |= abstract.seal(self.info)

@@ -117,6 +117,11 @@ class Attachment:
         self.windows = _windows(self.config)
         self.geometry = _geometry(model, self.config, db)
         codec.grouped(self.geometry)  # refuses what does not fit
+        if not codec.by_record:
+            raise Unsupported(
+                f"attach: codec is {codec}, which is for whole blocks of what is stored, expected one for single records; store KV as raw, "
+                "then 'kvdb compact --codec'"
+            )
         self._stack: ExitStack | None = None
         self._caches: weakref.WeakSet[KVDBCache] = weakref.WeakSet()
 

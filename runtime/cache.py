@@ -261,7 +261,7 @@ class KVDBCache(Cache):
 
     def note_resident(self) -> None:
         tails = sum(layer.stored.tail.nbytes for layer in self.layers)
-        self.metrics.resident(tails, self._staging.nbytes)
+        self.metrics.resident(tails, self._staging.nbytes + self._reader.unpacked_bytes)
 
     def note_mass(self, mass: Tensor) -> None:
         self.metrics.mass_sum += float(mass)

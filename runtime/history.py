@@ -26,7 +26,7 @@ from kvdb.reader import Reader
 from kvdb.runtime.selection import Resident, Selector
 from kvdb.runtime.staging import Array, Staging, storage_view
 from kvdb.runtime.streaming import WriteBehind
-from kvdb.segments import Segment, SegmentWriter, row_bytes
+from kvdb.segments import Segment, SegmentWriter, payload_bytes, row_bytes
 from kvdb.store import KVDB
 
 FLUSH_TOKENS = 1024
@@ -100,12 +100,13 @@ class History:
         return self.sealed_chunks + self._submitted.get(layer, 0) // self.geometry.chunk_tokens
 
     def stored_bytes(self) -> int:
-        """Bytes of rows of KV that the sequence has on disk."""
+        """Bytes of KV that the sequence has on disk; of compressed blocks, its part of them."""
         started = self.stored_tokens - self.sealed_chunks * self.geometry.chunk_tokens
-        return self.chunk_bytes(self.geometry.layers) + started * self.geometry.token_bytes
+        whole = sum(part.chunks / part.segment.info.chunks * payload_bytes(part.segment.info) for part in self._sealed)
+        return round(whole) + started * self.geometry.token_bytes
 
     def chunk_bytes(self, layers: tuple[int, ...]) -> int:
-        """Stored bytes of the whole chunks of some layers."""
+        """Bytes of rows of the whole chunks of some layers, compressed or not."""
         return sum(part.chunks * self._chunk_bytes(part.segment.info, layers) for part in self._sealed)
 
     def _chunk_bytes(self, info: SegmentInfo, layers: tuple[int, ...]) -> int:

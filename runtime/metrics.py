@@ -34,8 +34,8 @@ class Metrics:
     mass_sum: float = 0.0
     mass_samples: int = 0
 
-    def resident(self, tail_bytes: int, staging_bytes: int) -> None:
-        self.kv_bytes_resident_peak = max(self.kv_bytes_resident_peak, tail_bytes + staging_bytes)
+    def resident(self, tail_bytes: int, buffer_bytes: int) -> None:
+        self.kv_bytes_resident_peak = max(self.kv_bytes_resident_peak, tail_bytes + buffer_bytes)
 
     @property
     def mass_covered_estimate(self) -> float:

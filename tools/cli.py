@@ -264,8 +264,8 @@ def compact(
         str | None,
         typer.Option(
             metavar="CODEC",
-            help="Instead, store KV with another codec: raw, int8, int4, int2, planes:bits=6+int8, balanced, small; "
-            "'int4;0-1=raw' excepts layers.",
+            help="Instead, store KV with another codec: raw, int8, int4, int2, planes:bits=6+int8, balanced, small; blosc loses nothing, "
+            "for what is seldom read; 'int4;0-1=raw' excepts layers.",
             show_default=False,
         ),
     ] = None,

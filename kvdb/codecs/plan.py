@@ -36,6 +36,11 @@ class CodecPlan:
     def exact_keys(self) -> bool:
         return self.usual.key.lossless and all(codec.key.lossless for _, codec in self.others)
 
+    @property
+    def by_record(self) -> bool:
+        """Whether every record can be written and read by itself."""
+        return self.usual.blocks is None and all(codec.blocks is None for _, codec in self.others)
+
     def of(self, layer: int) -> RecordCodec:
         return dict(self.others).get(layer, self.usual)
 

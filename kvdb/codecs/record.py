@@ -3,6 +3,7 @@
     raw                     both halves as they are
     int4                    both halves; keys by channel, values by token
     planes:bits=6+int8      keys as planes, values as integers
+    blosc                   both halves as they are, compressed with many others in blocks
 
 Names stand for themselves; parameters follow a colon. One name is both halves; `planes` alone, which is made for keys, has `int4` values.
 """
@@ -16,19 +17,32 @@ from typing import Any, Final
 import numpy as np
 
 from kvdb.codecs.base import Array, Codec
+from kvdb.codecs.blosc import Blosc
+from kvdb.codecs.raw import Raw
 from kvdb.codecs.table import CODECS
 from kvdb.errors import InvalidInput, Unsupported
 from kvdb.geometry import STORAGE_DTYPES
 
 _HALVES: Final = ("key", "value")
+_BLOCKS: Final = "blocks"
 
 
 @dataclass(frozen=True, slots=True)
 class RecordCodec:
-    """`records` and `out` are of the storage dtype of the KV dtype `dtype`."""
+    """`records` and `out` are of the storage dtype of the KV dtype `dtype`.
+
+    blocks  what compresses the rows of many records together; None: they lie in the file one by one
+    """
 
     key: Codec
     value: Codec
+    blocks: Blosc | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and not self.stored_as_is:
+            raise InvalidInput(
+                f"codec {self.blocks.name}: of rows of {self.key.name} and {self.value.name}, expected rows of raw: others do not shrink"
+            )
 
     @property
     def lossless(self) -> bool:
@@ -80,10 +94,10 @@ class RecordCodec:
 
     def spec(self) -> dict[str, dict[str, Any]]:
         """JSON-safe; `from_spec` is its inverse."""
-        return {
-            half: {"name": codec.name, "config": codec.config()}
-            for half, codec in zip(_HALVES, (self.key, self.value), strict=True)
-        }
+        parts: dict[str, Codec | Blosc] = dict(zip(_HALVES, (self.key, self.value), strict=True))
+        if self.blocks is not None:
+            parts[_BLOCKS] = self.blocks
+        return {part: {"name": codec.name, "config": codec.config()} for part, codec in parts.items()}
 
     @classmethod
     def from_spec(cls, spec: object) -> RecordCodec:
@@ -91,22 +105,16 @@ class RecordCodec:
 
         raises  InvalidInput for what no version writes; Unsupported for a codec or parameter this version does not know
         """
-        if not isinstance(spec, Mapping) or set(spec) != set(_HALVES):
-            raise InvalidInput(f"codec: {spec!r}, expected an object of {_HALVES}")
-        made = []
-        for half in _HALVES:
-            given = spec[half]
-            if not isinstance(given, Mapping) or set(given) != {"name", "config"}:
-                raise InvalidInput(f"codec of the {half}: {given!r}, expected an object of 'name' and 'config'")
-            name, config = given["name"], given["config"]
-            if (
-                not isinstance(name, str)
-                or not isinstance(config, Mapping)
-                or not all(isinstance(k, str) for k in config)
-            ):
-                raise InvalidInput(f"codec of the {half}: {given!r}, expected a name, and parameters by name")
-            made.append(_made(f"codec of the {half}", name, config, lambda kind: kind))
-        return cls(*made)
+        if not isinstance(spec, Mapping) or set(spec) - {_BLOCKS} != set(_HALVES):
+            raise InvalidInput(f"codec: {spec!r}, expected an object of {_HALVES}, and {_BLOCKS!r} or not")
+        key, value = (
+            _made(f"codec of the {half}", *_named(f"codec of the {half}", spec[half]), lambda kind: kind)
+            for half in _HALVES
+        )
+        if _BLOCKS not in spec:
+            return cls(key, value)
+        where = f"codec of {_BLOCKS}"
+        return cls(key, value, _compressor(where, *_named(where, spec[_BLOCKS])))
 
     @classmethod
     def parse(cls, text: str) -> RecordCodec:
@@ -116,21 +124,44 @@ class RecordCodec:
         """
         keys, plus, values = text.partition("+")
         if not plus:
+            if keys.partition(":")[0] == Blosc.name:
+                return cls(Raw(), Raw(), _compressor(f"codec {text!r}", Blosc.name, _config(text, keys)))
             kind = CODECS.get(keys.partition(":")[0])
             values = (kind and kind.values_beside) or keys
         return cls(_parsed(text, keys, lambda kind: kind.of_keys), _parsed(text, values, lambda kind: kind.of_values))
 
     def __str__(self) -> str:
+        if self.blocks is not None:
+            return _text(self.blocks, Blosc())
         keys, values = _text(self.key, self.key.of_keys()), _text(self.value, self.value.of_values())
         beside = self.key.values_beside or keys
         return keys if values == beside else f"{keys}+{values}"
+
+
+def _named(where: str, given: object) -> tuple[str, Mapping[str, Any]]:
+    """raises  InvalidInput for what is no name with parameters"""
+    if not isinstance(given, Mapping) or set(given) != {"name", "config"}:
+        raise InvalidInput(f"{where}: {given!r}, expected an object of 'name' and 'config'")
+    name, config = given["name"], given["config"]
+    if not isinstance(name, str) or not isinstance(config, Mapping) or not all(isinstance(k, str) for k in config):
+        raise InvalidInput(f"{where}: {given!r}, expected a name, and parameters by name")
+    return name, config
+
+
+def _compressor(where: str, name: str, config: Mapping[str, Any]) -> Blosc:
+    known = Blosc().config()
+    if name != Blosc.name or set(config) - set(known):
+        raise Unsupported(
+            f"{where}: {name!r} with {sorted(config)}, expected {Blosc.name!r} with parameters {sorted(known)}; upgrade kvdb"
+        )
+    return Blosc(**config)
 
 
 def _made(
     where: str, name: str, config: Mapping[str, Any], how: Callable[[type[Codec]], Callable[..., Codec]]
 ) -> Codec:
     if name not in CODECS:
-        raise Unsupported(f"{where}: {name!r}, expected one of {sorted(CODECS)}; upgrade kvdb")
+        raise Unsupported(f"{where}: {name!r}, expected one of {sorted([*CODECS, Blosc.name])}; upgrade kvdb")
     kind = CODECS[name]
     known = kind.of_keys().config()
     if unknown := sorted(set(config) - set(known)):
@@ -139,17 +170,22 @@ def _made(
 
 
 def _parsed(text: str, half: str, how: Callable[[type[Codec]], Callable[..., Codec]]) -> Codec:
-    name, colon, given = half.partition(":")
+    return _made(f"codec {text!r}", half.partition(":")[0], _config(text, half), how)
+
+
+def _config(text: str, part: str) -> dict[str, Any]:
+    """Parameters behind a name."""
+    _, colon, given = part.partition(":")
     config: dict[str, Any] = {}
     for item in given.split(",") if colon else ():
         field, equals, value = item.partition("=")
         if not equals or not field or field in config:
             raise InvalidInput(f"codec {text!r}: {item!r}, expected NAME=VALUE once for each")
         config[field] = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else value
-    return _made(f"codec {text!r}", name, config, how)
+    return config
 
 
-def _text(codec: Codec, usual: Codec) -> str:
+def _text(codec: Codec | Blosc, usual: Codec | Blosc) -> str:
     before = usual.config()
     config = ",".join(f"{field}={value}" for field, value in codec.config().items() if value != before[field])
     return f"{codec.name}:{config}" if config else codec.name

@@ -174,12 +174,27 @@ def test_a_certificate_needs_exact_keys(db: KVDB) -> None:
         (f"int4;{'9' * 5000}=raw", InvalidInput, "expected LAYER=CODEC"),
         ("int4:group=7", InvalidInput, "7"),
         ("int4:bits=3", Unsupported, "bits"),
+        ("blosc", Unsupported, "codec is blosc, which is for whole blocks"),
+        ("int4;1=blosc", Unsupported, "then 'kvdb compact --codec'"),
         (4, InvalidInput, "codec is 4, expected a name"),
     ],
 )
 def test_codecs_that_cannot_be_are_refused(db: KVDB, codec: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         attach(tiny("llama"), db, codec=codec)
+
+
+@pytest.mark.parametrize("rule", [{"exact": True}, {"budget": 0.2}], ids=lambda rule: next(iter(rule)))
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+def test_compressed_blocks_serve_what_they_were_made_of(tmp_path: Path, rule: dict[str, Any], read_mode: str) -> None:
+    model, ids = tiny("llama"), prompt(TOKENS)
+    with opened(tmp_path / "s", read_mode=read_mode) as db, attach(model, db, **rule) as kv:
+        cache = kv.cache(ids)
+        kv.save(cache, name="n")
+        expected = greedy(model, ids, cache)
+        db.recode("n", CodecPlan.parse("blosc:tokens=256"))
+        assert kv.match(ids).tokens == TOKENS - 1
+        assert torch.equal(greedy(model, ids, kv.load("n")), expected)
 
 
 def test_numbers_that_a_codec_cannot_keep_are_named_and_nothing_is_lost(db: KVDB) -> None:

@@ -118,7 +118,9 @@ def test_abstracts_are_arrays_of_their_own(library: Any, tmp_path: Path) -> None
 
 
 @every_library
-@pytest.mark.parametrize("codec", ["int4", "planes:bits=6+int8", "int8;1=raw"])
+@pytest.mark.parametrize(
+    "codec", ["int4", "planes:bits=6+int8", "int8;1=raw", "blosc", "blosc:tokens=48", "int4;1=blosc"]
+)
 def test_records_of_a_codec_are_rows_of_bytes(library: Any, codec: str, tmp_path: Path) -> None:
     geometry = Geometry(
         dtype="bfloat16", chunk_tokens=16, groups=(LayerGroup(layers=(0, 1, 3), kv_heads=5, head_dim=80),)

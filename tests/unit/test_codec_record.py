@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvdb.codecs import CODECS, Codec, Int2, Int4, Int8, Planes, Raw, RecordCodec
+from kvdb.codecs import CODECS, Blosc, Codec, Int2, Int4, Int8, Planes, Raw, RecordCodec
 from kvdb.errors import InvalidInput, Unsupported
 
 INTEGERS = st.sampled_from([Int8, Int4, Int2])
@@ -28,6 +28,8 @@ TEXTS = {
     "raw+int2:group=16": RecordCodec(Raw(), Int2(axis="token", group=16)),
     "int4+int4:axis=channel": RecordCodec(Int4(), Int4()),
     "planes+planes": RecordCodec(Planes(), Planes()),
+    "blosc": RecordCodec(Raw(), Raw(), Blosc()),
+    "blosc:clevel=5,tokens=256": RecordCodec(Raw(), Raw(), Blosc(5, 256)),
 }
 
 
@@ -44,7 +46,10 @@ def test_texts_and_descriptions_come_back(key: Codec, value: Codec) -> None:
     assert RecordCodec.from_spec(json.loads(json.dumps(codec.spec()))) == codec
 
 
-@pytest.mark.parametrize("text", ["", "zip", "raw+", "raw+raw+raw", "raw:x=1", "planes:taken=4", "int4:bits=4"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "zip", "raw+", "raw+raw+raw", "raw:x=1", "planes:taken=4", "int4:bits=4", "blosc:cname=lz4", "blosc+raw"],
+)
 def test_an_unknown_name_is_not_supported(text: str) -> None:
     with pytest.raises(Unsupported, match="upgrade kvdb"):
         RecordCodec.parse(text)
@@ -53,7 +58,8 @@ def test_an_unknown_name_is_not_supported(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["planes:", "planes:bits", "planes:bits=", "planes:bits=9", "planes:bits=1", "planes:bits=-4", "planes:bits=4,bits=4",
-     "planes:bits=" + "9" * 5000, "int4+int4:group=0", "int4:group=4", "int4:axis=both", "planes:=4", "planes:bits=４"],
+     "planes:bits=" + "9" * 5000, "int4+int4:group=0", "int4:group=4", "int4:axis=both", "planes:=4", "planes:bits=４",
+     "blosc:", "blosc:clevel=0", "blosc:tokens=0", "blosc:tokens=99999", "blosc:clevel=1,clevel=1"],
 )  # fmt: skip
 def test_a_wrong_text_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput, match="codec"):
@@ -61,6 +67,7 @@ def test_a_wrong_text_is_refused(text: str) -> None:
 
 
 GOOD = RecordCodec.parse("planes+int4").spec()
+PLAIN = RecordCodec.parse("raw").spec()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +81,10 @@ GOOD = RecordCodec.parse("planes+int4").spec()
         *({**GOOD, "value": {"name": "int4", "config": {"axis": axis}}} for axis in ("row", None, 0, ["token"], {})),
         *({**GOOD, "value": {"name": "int4", "config": {"axis": "token", "group": group}}} for group in (0, -1, True, 1.5, "8", 1 << 40)),
         {**GOOD, "value": {"name": "int4", "config": {"axis": "channel", "group": 8}}},
+        {**GOOD, "blocks": {"name": "blosc", "config": {}}},
+        *({**PLAIN, "blocks": blocks} for blocks in (None, [], "blosc", {}, {"name": "blosc"}, {"name": 1, "config": {}})),
+        *({**PLAIN, "blocks": {"name": "blosc", "config": {"clevel": level}}} for level in (0, 10, -1, True, 1.0, "1", None, 1 << 70)),
+        *({**PLAIN, "blocks": {"name": "blosc", "config": {"tokens": tokens}}} for tokens in (0, 16_385, True, "64", None)),
     ],
     ids=str,
 )  # fmt: skip
@@ -90,6 +101,17 @@ def test_a_strangers_description_is_refused(spec: object) -> None:
 def test_a_later_versions_codec_is_not_supported(half: object) -> None:
     with pytest.raises(Unsupported, match="upgrade kvdb"):
         RecordCodec.from_spec({**GOOD, "value": half})
+
+
+@pytest.mark.parametrize("blocks", [{"name": "zip", "config": {}}, {"name": "blosc", "config": {"cname": "lz4"}}])
+def test_a_later_versions_compressor_is_not_supported(blocks: object) -> None:
+    with pytest.raises(Unsupported, match="upgrade kvdb"):
+        RecordCodec.from_spec({**PLAIN, "blocks": blocks})
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_description_survives_json(text: str) -> None:
+    assert RecordCodec.from_spec(json.loads(json.dumps(TEXTS[text].spec()))) == TEXTS[text]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

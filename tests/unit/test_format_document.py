@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 import xxhash
 from helpers import TWO_GROUPS, Array, extend, identity, model_kv, opened, token_list, write_segment
+from numcodecs import blosc
 
 import kvdb
 from kvdb import KVDB
+from kvdb.codecs import CodecPlan
 from kvdb.format import FORMAT_VERSION
 
 TOKENS = token_list(150)
@@ -143,6 +145,57 @@ def read_shard(root: Path, info: dict[str, Any], group: int) -> tuple[Array, lis
             out[layer, head, :, chunk * ct : (chunk + 1) * ct] = values
     assert not out[:, :, :, tokens:].any()
     return out[:, :, :, :tokens], ids
+
+
+def read_blocks(root: Path, info: dict[str, Any], group: int) -> Array:
+    """[layer, head, kv, token, dim], every checksum and digest checked."""
+    folder = root / "chunks" / f"{info['segment']}.kv{group}"
+    g, ct, capacity = info["geometry"]["groups"][group], info["geometry"]["chunk_tokens"], info["capacity"]
+    dtype, codec = np.dtype(DTYPES[info["geometry"]["dtype"]]), info["codec"]["config"]["groups"][group]
+    assert (codec["key"]["name"], codec["value"]["name"], codec["blocks"]["name"]) == ("raw", "raw", "blosc")
+    layers, heads, dim, tokens = len(g["layers"]), g["kv_heads"], g["head_dim"], info["tokens"]
+    b = max(1, min(codec["blocks"]["config"]["tokens"] // ct, capacity))
+    per_layer, rows, payload = -(-capacity // b), layers * capacity * heads, info["packed"][group]
+    data = (folder / "c.0.0.0.0.0").read_bytes()
+    digests_at = (payload + 7) // 8 * 8
+    index_at = digests_at + 8 * rows + (4 * tokens if group == 0 else 0)
+    assert len(data) == index_at + 16 * layers * per_layer + 4
+    assert struct.unpack("<I", data[-4:])[0] == google_crc32c.value(data[index_at:-4])
+    digests = struct.unpack_from(f"<{rows}Q", data, digests_at)
+    seed, used, out = xxh3(info["segment"].encode()), 0, np.zeros((layers, heads, 2, per_layer * b * ct, dim), dtype)
+    for layer in range(layers):
+        for block in range(per_layer):
+            offset, size = struct.unpack_from("<QQ", data, index_at + 16 * (layer * per_layer + block))
+            if block * b * ct >= tokens:
+                assert offset == size == 2**64 - 1
+                continue
+            stored, used = data[offset : offset + size], used + size
+            assert struct.unpack("<I", stored[-4:])[0] == google_crc32c.value(stored[:-4])
+            numbers = np.frombuffer(blosc.decompress(stored[:-4]), dtype).reshape(heads, 2, b * ct, dim)
+            out[layer, :, :, block * b * ct : (block + 1) * b * ct] = numbers
+        for record in range(-(-tokens // ct) * heads):
+            chunk, head = divmod(record, heads)
+            number = layer * capacity * heads + record
+            row = out[layer, head, :, chunk * ct : (chunk + 1) * ct].tobytes()
+            assert digests[number] == xxh3(row, seed=(seed + number) % 2**64)
+    assert used == payload
+    assert not out[:, :, :, tokens:].any()
+    return out[:, :, :, :tokens]
+
+
+def test_blocks_are_read_from_the_document_alone(tmp_path: Path) -> None:
+    plan = CodecPlan.parse("blosc:tokens=40;3=blosc")
+    with opened(tmp_path / "s") as db:
+        writer = write_segment(db, TOKENS[:70], geometry=TWO_GROUPS, spare=2, codec=plan)
+        db.commit(writer, TOKENS[:70])
+    (info,) = infos(tmp_path / "s").values()
+    expected = model_kv(TWO_GROUPS, TOKENS, 0, 70, salt="exact")
+    assert [len(g["layers"]) for g in info["geometry"]["groups"]] == [1, 1, 1]
+    for group, g in enumerate(info["geometry"]["groups"]):
+        found = read_blocks(tmp_path / "s", info, group)
+        for layer, own in zip(g["layers"], found, strict=True):
+            assert np.array_equal(own[:, 0], expected[layer][0])
+            assert np.array_equal(own[:, 1], expected[layer][1])
 
 
 def test_the_header_is_as_documented(root: Path) -> None:

@@ -5,7 +5,7 @@
 Records of 16 tokens, of all layers and heads, are gathered in random order, so many at a time as a decoding step reads of a layer. Two
 baselines take turns with every codec: `np.copyto` of as many bytes as are decoded, and `np.take` of whole raw records by the same
 numbers. Raw rows are the records' own memory, so to encode them takes no time. Heads of 128 channels are two real ones side by side. Errors are of numbers decoded to float32, beside the bound that the codec
-gives for each of them.
+gives for each of them. Blocks of `blosc` are packed and unpacked whole, each with its crc32c, beside `np.copyto` of as many bytes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvdb.codecs import Codec, RecordCodec
+from kvdb.codecs import BlockForm, Blosc, Codec, RecordCodec
 from kvdb.geometry import CHUNK_TOKENS, STORAGE_DTYPES
 from kvdb.tools.bench.setup import document_ids, median, real_model, write_result
 from kvdb.tools.bench.synthetic import Array, ratio, seconds
 
 REAL_TOKENS = 4096
+KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CODECS = ("raw", "int8", "int4", "int2", "planes:bits=8+int8", "planes", "planes:bits=4+int4", "planes:bits=2+int2")
 
 
@@ -36,12 +37,13 @@ def run(
 ) -> None:
     """GB/s of decoded KV, beside memcpy and a gather of raw records; bytes and errors."""
     torch.set_num_threads(1)
-    real, rows = _real(), []
+    real, rows, blocks = _real(), [], []
     codecs = [RecordCodec.parse(text) for text in codec or CODECS]
     for dim in head_dim or (64, 128):
         records = np.concatenate(np.split(real, dim // 64), axis=-1)
         for name in dtype or STORAGE_DTYPES:
             rows += _measure(records, name, codecs, gathered, steps)
+            blocks.append(_measure_blocks(records, name))
     table = Table(
         "dtype", "head_dim", "codec", "of raw", "encode GB/s", "decode GB/s", "take GB/s", "memcpy GB/s", "decode / take",
         "RMS error K, V", "max error / bound K, V", title=f"codecs, {gathered} records at a time",
@@ -52,8 +54,22 @@ def run(
             f"{r['take_gbs']:.1f}", f"{r['memcpy_gbs']:.1f}", f"{r['ratio']:.2f}", f"{r['key']['rms']:.4f}, {r['value']['rms']:.4f}",
             f"{r['key']['of_bound']:.2f}, {r['value']['of_bound']:.2f}",
         )  # fmt: skip
-    Console().print(table)
-    write_result("codecs", {"gathered": gathered, "steps": steps, "chunk_tokens": CHUNK_TOKENS, "rows": rows})
+    packed = Table(
+        "dtype",
+        "head_dim",
+        "raw / blosc",
+        "pack GB/s",
+        "unpack GB/s",
+        "memcpy GB/s",
+        title="blosc, blocks of 1,024 tokens",
+    )
+    for b in blocks:
+        packed.add_row(
+            b["dtype"], str(b["head_dim"]), f"{b['ratio']:.3f}", f"{b['pack_gbs']:.2f}", f"{b['unpack_gbs']:.2f}", f"{b['memcpy_gbs']:.1f}"
+        )  # fmt: skip
+    Console().print(table, packed)
+    result = {"gathered": gathered, "steps": steps, "chunk_tokens": CHUNK_TOKENS, "rows": rows, "blocks": blocks}
+    write_result("codecs", result)
 
 
 def _real() -> Array:
@@ -70,8 +86,7 @@ def _real() -> Array:
 
 def _measure(numbers: Array, dtype: str, codecs: list[RecordCodec], gathered: int, steps: int) -> list[dict[str, Any]]:
     tokens, dim = numbers.shape[2:]
-    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    records = torch.from_numpy(numbers).to(kinds[dtype]).view(torch.uint8).numpy().view(STORAGE_DTYPES[dtype])
+    records = _stored(numbers, dtype)
     stored = {str(codec): codec.encode(records, dtype) for codec in codecs}
     raw, flat = records.reshape(len(records), -1), np.empty((gathered, records[0].size), records.dtype)
     out, source = np.empty((2, gathered, tokens, dim), records.dtype), np.ones_like(flat)
@@ -97,6 +112,29 @@ def _measure(numbers: Array, dtype: str, codecs: list[RecordCodec], gathered: in
         }
         for codec in codecs
     ]  # fmt: skip
+
+
+def _measure_blocks(numbers: Array, dtype: str) -> dict[str, Any]:
+    """Of all records, in blocks of one head, as long as `Blosc` makes them: how much smaller, and how fast."""
+    codec, dim = Blosc(), numbers.shape[3]
+    form = BlockForm(codec.tokens // CHUNK_TOKENS, 1, CHUNK_TOKENS, dim, dtype)
+    records = _stored(numbers, dtype)
+    rows = np.ascontiguousarray(records).view(np.uint8).reshape(len(records), -1)
+    whole = [form.numbers(rows[at : at + form.records]) for at in range(0, len(rows) - form.records + 1, form.records)]
+    packed = [codec.pack(block) for block in whole]
+    out, times = np.empty_like(whole[0]), dict[str, list[float]](pack=[], unpack=[], memcpy=[])
+    for block, data in zip(whole, packed, strict=True):
+        times["pack"].append(seconds(lambda: codec.pack(block)))  # noqa: B023
+        times["unpack"].append(seconds(lambda: codec.unpack(data, out)))  # noqa: B023
+        times["memcpy"].append(seconds(lambda: np.copyto(out, block)))  # noqa: B023
+    speeds = {f"{name}_gbs": form.nbytes / median(taken) / 1e9 for name, taken in times.items()}
+    ratio = sum(block.nbytes for block in whole) / sum(map(len, packed))
+    return {"dtype": dtype, "head_dim": dim, "block_bytes": form.nbytes, "ratio": ratio, **speeds}
+
+
+def _stored(numbers: Array, dtype: str) -> Array:
+    """Rounded to a KV dtype, in its storage dtype."""
+    return torch.from_numpy(numbers).to(KINDS[dtype]).view(torch.uint8).numpy().view(STORAGE_DTYPES[dtype])
 
 
 def _errors(codec: Codec, halves: Array) -> dict[str, float]:
