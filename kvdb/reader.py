@@ -211,6 +211,21 @@ class Reader(ABC):
             array.codec.decode(stored, which, out, segment.info.geometry.dtype)
             self.bytes_read += len(rows) * array.row
 
+    def lend(self, segment: Segment, layer: int, records: Array) -> tuple[Array, Array] | None:
+        """Records of one layer where they are, without a copy if that can be; None where they must be decoded: use `read`.
+
+        returns  (m, 2 * chunk_tokens * head_dim) in the storage dtype, K then V, read-only and good until this reader is used again; and which
+                 of them the records are, (n,) int64
+        raises   as `read`
+        """
+        array, rows = self._locate(segment, layer, records)
+        if not array.codec.stored_as_is:
+            return None
+        stored, which = self._fetch_coded(array, rows)
+        self._check(array, rows, lambda i: stored[which[i]])
+        self.bytes_read += len(rows) * array.row
+        return stored.view(segment.info.geometry.storage_dtype), which
+
     def rows(self, segment: Segment, layer: int, records: Array) -> Array:
         """Records of one layer as they are stored, (n, row_bytes) uint8; otherwise as `read`."""
         return self._checked_rows(*self._locate(segment, layer, records))

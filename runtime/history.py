@@ -23,6 +23,7 @@ from kvdb.format import SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import EXACT, Identity, joined_fidelity
 from kvdb.reader import Reader
+from kvdb.runtime.gather import Lent
 from kvdb.runtime.selection import Resident, Selector
 from kvdb.runtime.staging import Array, Staging, storage_view
 from kvdb.runtime.streaming import WriteBehind
@@ -174,6 +175,40 @@ class History:
         """K and V of chunks [start, stop), each (kv_heads, tokens, head_dim). Valid until the next read."""
         self._behind.wait(layer)
         return self._read_run(self._parts(layer), layer, start, stop)
+
+    def lend(self, layer: int, chunks: Tensor, counts: Tensor | None) -> Iterator[tuple[Lent, Array]]:
+        """Chosen chunks per KV head, part by part, each to be used before the next one is asked for; and which of them it has.
+
+        chunks  (kv_heads, n), the first `counts` (kv_heads,) of them; None: all
+        returns records, and (kv_heads, n) of bool, whose true places are theirs, row after row
+        """
+        self._behind.wait(layer)
+        wanted = chunks.numpy()
+        heads, n = wanted.shape
+        asked = np.ones((heads, n), bool) if counts is None else np.arange(n) < counts.numpy()[:, None]
+        for part in self._parts(layer):
+            inside = asked & (wanted >= part.first) & (wanted < part.stop)
+            starts = np.concatenate(([0], np.cumsum(inside.sum(1))))
+            if starts[-1]:
+                records = ((wanted - part.first) * heads + self._heads[layer])[inside]
+                yield self._lent(part.segment, layer, records, starts), inside
+
+    def _lent(self, segment: Segment, layer: int, records: Array, starts: Array) -> Lent:
+        ct, dim = self.geometry.chunk_tokens, self._dims[layer]
+        with self._naming(segment):
+            found = self._reader.lend(segment, layer, records)
+        if found is not None:
+            numbers, which = found
+            flat, key_at = numbers.reshape(-1), which * numbers.shape[1]
+            return Lent(flat, flat, key_at, key_at + ct * dim, starts, ct)
+
+        def fill(out: Array) -> None:
+            with self._naming(segment):
+                self._reader.read(segment, layer, records, out)
+
+        flat = storage_view(self._staging.read_into((2, len(records), ct, dim), fill)).reshape(-1)
+        key_at = np.arange(len(records)) * (ct * dim)
+        return Lent(flat, flat, key_at, key_at + len(records) * ct * dim, starts, ct)
 
     def select(self, layer: int, chunks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of chosen chunks per KV head: chunks (kv_heads, n) -> (kv_heads, n * chunk_tokens, head_dim) twice."""

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvdb.errors import Unsupported
+from kvdb.runtime.gather import Gather, Lent
 from kvdb.runtime.history import FLUSH_TOKENS, History
-from kvdb.runtime.selection import Plan, covered_mass
+from kvdb.runtime.selection import Certified, Plan, covered_mass
+from kvdb.runtime.selection.loops import can_compile
 from kvdb.runtime.tiles import Partial, attend, attend_one, merge
 
 if TYPE_CHECKING:
@@ -235,6 +238,8 @@ class FullLayer(_FixedShape, DynamicLayer):
         assert cache.rule is not None
         query = q.squeeze(2) * scale
         exact_query = query.detach().float()
+        if can_compile(q) and not isinstance(cache.rule, Certified):
+            return self._gather(row, exact_query, tail_k, tail_v, take).to(q.dtype)
         parts: list[tuple[Tensor, Tensor]] = []
 
         def read(chunks: Tensor) -> Tensor:
@@ -258,6 +263,30 @@ class FullLayer(_FixedShape, DynamicLayer):
                 lse = _record_lse(exact_query, k, cache.geometry.chunk_tokens)
                 cache.note_mass(covered_mass(scores, chosen, lse, tail_lse))
         return attend_one(query, [*parts, (tail_k, tail_v)], beside)
+
+    def _gather(self, row: History, query: Tensor, tail_k: Tensor, tail_v: Tensor, take: int) -> Tensor:
+        """The same where loops can be compiled: stored records are attended to where they lie."""
+        cache, index = self.stored.cache, self.stored.index
+        assert cache.rule is not None
+        running = Gather(query, cache.geometry.dtype)
+        running.add(Lent.of_tail(tail_k, tail_v))
+        tail_lse, resident = running.lse, row.resident(index, cache.selector)
+        scores = cache.rule.score(cache.selector, query, resident, take)
+        chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, _reads_nothing)
+        estimate = cache.selector.estimate(query, resident, scores, chosen)
+        cache.note_scores(scores, chosen, estimate)
+        measured = np.empty((*chosen.chunks.shape, query.shape[1]), np.float32) if cache.sampling else None
+        for part, places in row.lend(index, chosen.chunks, chosen.counts):
+            if measured is None:
+                running.add(part)
+            else:
+                measured[places] = running.add_measured(part)
+        if measured is not None and chosen.counts is None:
+            lse = torch.from_numpy(measured).movedim(-1, 1)
+            cache.note_mass(covered_mass(scores, chosen, lse, tail_lse))
+        if estimate is None:
+            return running.finish()
+        return running.finish(estimate.out, estimate.lse)
 
     def _attend_each(
         self, row: History, query: Tensor, chosen: Plan, tail_k: Tensor, tail_v: Tensor, beside: Partial | None
@@ -305,6 +334,10 @@ class SlidingLayer(_FixedShape, DynamicSlidingWindowLayer):
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
         self.cumulative_length = total_tokens
+
+
+def _reads_nothing(chunks: Tensor) -> NoReturn:
+    raise AssertionError("this rule reads nothing while it chooses")
 
 
 def _record_lse(q: Tensor, k: Tensor, chunk_tokens: int) -> Tensor:

@@ -19,7 +19,7 @@ LINE: Final = 64
 
 
 def _fetch(typingctx: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line that holds a byte of a contiguous array of bytes."""
+    """Ask for the cache line that holds an element of a contiguous array."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -27,7 +27,7 @@ def _fetch(typingctx: Any, array: Any, index: Any) -> Any:
         declared: Any = cgutils.get_or_insert_function  # numba types nothing
         function = declared(b.module, kind, "llvm.prefetch.p0i8")
         first = context.make_array(signature.args[0])(context, b, args[0]).data
-        b.call(function, [b.gep(first, [args[1]]), number(0), number(3), number(1)])
+        b.call(function, [b.bitcast(b.gep(first, [args[1]]), byte), number(0), number(3), number(1)])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen

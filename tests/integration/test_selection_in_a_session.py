@@ -60,6 +60,31 @@ def test_every_selector_serves_every_rule_or_refuses_it_at_once(
     assert names == set(SELECTORS[selector]().abstracts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("codec", ["raw", "int8", "int4;1=raw"])
+@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+def test_attention_where_records_lie_is_that_over_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, codec: str, read_mode: str
+) -> None:
+    """In a history of several segments, the last of them still being written."""
+    model, ids = tiny("llama", dtype=dtype), prompt(1500)
+    with opened(tmp_path / "s", read_mode=read_mode) as db:
+        for rule in ({"budget": 0.2}, {"threshold": 0.01}, {"mass": 0.9}):
+            found, covered = [], []
+            for compiled in (True, False):
+                if not compiled:
+                    monkeypatch.setattr("kvdb.runtime.layers.can_compile", lambda q: False)
+                with attach(model, db, codec=codec, fidelity="any", **rule) as kv:
+                    kv.save(kv.cache(ids[:, :1100]))
+                    cache = kv.cache(ids)
+                    found.append(torch.stack([logits(model, cache, ids) for _ in range(3)]))
+                    covered.append(cache.stats()["mass_covered_estimate"])
+                monkeypatch.undo()
+            near = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}[dtype]
+            assert (found[0] - found[1]).abs().max() <= near * found[0].abs().max()
+            assert covered[0] == pytest.approx(covered[1], abs=0.01)
+
+
 def test_a_loop_that_keeps_gradients_decodes_as_one_that_does_not(db: KVDB) -> None:
     model, ids = tiny("llama"), prompt(TOKENS)
     with attach(model, db, budget=0.2) as kv:
