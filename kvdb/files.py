@@ -14,12 +14,13 @@ import fcntl
 import itertools
 import mmap as _mmap
 import os
+import resource as _resource
 import stat
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 import numpy as np
 
@@ -314,15 +315,21 @@ def mmap(fd: int, size: int) -> _mmap.mmap:
         raise
 
 
-def resident_pages(map_: _mmap.mmap) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which pages of a map are in the page cache, one bool per page; all False where the system cannot tell."""
-    pages = np.zeros(-(-len(map_) // _mmap.PAGESIZE), np.uint8)
-    address = np.frombuffer(map_, np.uint8).ctypes.data
+def resident(map_: _mmap.mmap, offset: int, length: int) -> bool:
+    """Whether part of a map, from the beginning of a page on, is in the page cache, all of it; False where the system cannot tell."""
+    pages = np.zeros(-(-length // _mmap.PAGESIZE), np.uint8)
+    address = np.frombuffer(map_, np.uint8).ctypes.data + offset
     if not hasattr(_LIBC, "mincore") or _LIBC.mincore(
-        ctypes.c_void_p(address), ctypes.c_size_t(len(map_)), pages.ctypes.data_as(ctypes.c_void_p)
+        ctypes.c_void_p(address), ctypes.c_size_t(length), pages.ctypes.data_as(ctypes.c_void_p)
     ):
-        return np.zeros(len(pages), bool)
-    return (pages & 1).astype(bool)
+        return False
+    return bool((pages & 1).all())
+
+
+def major_faults() -> int:
+    """Page faults of this thread so far that had to wait for a device; 0 where the system does not count them by thread."""
+    thread = getattr(_resource, "RUSAGE_THREAD", None)
+    return 0 if thread is None else _resource.getrusage(thread).ru_majflt
 
 
 def file_size(fd: int) -> int:

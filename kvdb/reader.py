@@ -430,12 +430,12 @@ class Reader(ABC):
 
 class MmapReader(Reader):
     name: ClassVar[str] = "mmap"
-    LOOK_AGAIN_AFTER: ClassVar[int] = 4096
-    """Gathers after which the kernel is asked again what is in the page cache."""
+    DOUBTS: ClassVar[int] = 256
+    """So many reads after one that found pages gone, residence is no longer taken for granted."""
 
     def __init__(self, verify: str = "first", verified: Verified | None = None) -> None:
         super().__init__(verify, verified)
-        self._gathers = 0
+        self._faults, self._doubts = files.major_faults(), 0
 
     def _prepare(self, array: _OpenArray, payload_bytes: int) -> None:
         array.base = files.mmap(array.fd, payload_bytes)
@@ -444,27 +444,21 @@ class MmapReader(Reader):
         array.seen = np.zeros(len(array.view), bool)
 
     def _bring(self, array: _OpenArray, rows: Array) -> None:
-        """Have the kernel fetch all cold pages together, then wait for them where an error can be told."""
+        """Have the kernel fetch all cold pages together, then wait for them where an error can be told.
+
+        What was brought once is there until the kernel needs the memory. Then it must be read page by page, which shows as major page
+        faults of this thread: from there on the kernel is asked before each read what it still has.
+        """
         if array.base is None:
             super()._bring(array, rows)
             return
-        self._gathers += 1
-        if self._gathers % self.LOOK_AGAIN_AFTER == 0:
-            for opened in self._open.values():
-                if opened.base is not None:
-                    opened.seen &= _cached_rows(opened)
-        seen = array.seen[rows]
-        if seen.all():
-            return
-        cold = np.unique(rows[~seen])
-        assert array.base is not None
-        breaks = np.flatnonzero(np.diff(cold) != 1) + 1
-        runs = [(int(run[0]) * array.row, (int(run[-1]) + 1) * array.row) for run in np.split(cold, breaks)]
-        pages = [(start - start % _mmap.PAGESIZE, stop) for start, stop in runs]
-        for start, stop in pages:
+        if files.major_faults() != self._faults:
+            self._doubts = self.DOUBTS
+        runs = self._cold_runs(array, rows)
+        for start, stop in runs:
             for at in range(start, stop, _READ_AHEAD):
                 array.base.madvise(_mmap.MADV_WILLNEED, at, min(_READ_AHEAD, stop - at))
-        for start, stop in pages:
+        for start, stop in runs:
             try:
                 files.populate(array.base, start, stop - start)
             except OSError as e:
@@ -472,17 +466,24 @@ class MmapReader(Reader):
                     f"segment {array.info.segment}, file {array.path}, offset {start}: {e.strerror}, expected {stop - start} "
                     "bytes; the file was cut or its device fails: run 'kvdb verify'"
                 ) from e
-        array.seen[cold] = True
+        self._faults = files.major_faults()
 
-
-def _cached_rows(array: _OpenArray) -> Array:
-    """For each stored row, whether all its pages are in the page cache."""
-    assert array.base is not None
-    missing = np.concatenate(([0], np.cumsum(~files.resident_pages(array.base))))
-    first = np.arange(len(array.view)) * array.row // _mmap.PAGESIZE
-    last = ((np.arange(len(array.view)) + 1) * array.row - 1) // _mmap.PAGESIZE
-    cached: Array = missing[last + 1] == missing[first]
-    return cached
+    def _cold_runs(self, array: _OpenArray, rows: Array) -> list[tuple[int, int]]:
+        """Bytes of rows that are not in memory, as far as is known, from the beginning of a page on; they count as seen from now on."""
+        assert array.base is not None
+        if not self._doubts:
+            rows = rows[~array.seen[rows]]
+            if not len(rows):
+                return []
+        wanted = np.unique(rows)
+        array.seen[wanted] = True
+        breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
+        runs = [(int(run[0]) * array.row, (int(run[-1]) + 1) * array.row) for run in np.split(wanted, breaks)]
+        pages = [(start - start % _mmap.PAGESIZE, stop) for start, stop in runs]
+        if self._doubts:
+            pages = [(start, stop) for start, stop in pages if not files.resident(array.base, start, stop - start)]
+            self._doubts = self.DOUBTS if pages else self._doubts - 1
+        return pages
 
 
 class PreadReader(Reader):

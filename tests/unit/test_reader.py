@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers import TWO_GROUPS, assert_healthy, extend, flip, model_kv, read_kv, token_list
 
-from kvdb import KVDB
+from kvdb import KVDB, files
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.geometry import as_float32
 from kvdb.reader import READERS, MmapReader, Reader, Verified
@@ -127,13 +129,51 @@ def test_an_open_reader_keeps_its_bytes_when_the_sequence_is_deleted(tmp_path: P
         assert_healthy(db)
 
 
-def test_asking_again_what_is_cached_changes_no_byte(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MmapReader, "LOOK_AGAIN_AFTER", 2)
-    reader = MmapReader()
-    for _ in range(5):
+@pytest.mark.parametrize("still_there", [True, False])
+def test_after_page_faults_the_kernel_is_asked_what_it_has(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch, still_there: bool
+) -> None:
+    """Only then, and until it has had everything for a while; and what it has not is asked for together."""
+    monkeypatch.setattr(MmapReader, "DOUBTS", 3)
+    faults, asked, populated = 0, 0, 0
+    real = files.populate
+
+    def resident(*_: object) -> bool:
+        nonlocal asked
+        asked += 1
+        return still_there
+
+    def populate(*place: Any) -> None:
+        nonlocal populated
+        populated += 1
+        real(*place)
+
+    monkeypatch.setattr(files, "resident", resident)
+    monkeypatch.setattr(files, "populate", populate)
+    monkeypatch.setattr(files, "major_faults", lambda: faults)
+    reader, counts = MmapReader(), []
+    for step in range(10):
+        faults += step == 4
+        asked = populated = 0
         keys = read_kv(reader, segment, 0, 50)[0]
         assert np.array_equal(keys, model_kv(TWO_GROUPS, TOKENS, 0, 50, salt="exact")[0][0])
+        counts.append((asked > 0, populated > 0))
     reader.close()
+    doubts = [(True, False)] * 3 + [(False, False)] * 3 if still_there else [(True, True)] * 6
+    assert counts == [(False, True)] + [(False, False)] * 3 + doubts
+
+
+def test_the_kernel_knows_what_is_in_memory(tmp_path: Path) -> None:
+    path, size = tmp_path / "hole", 1 << 20
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        os.ftruncate(fd, size)
+        with files.mmap(fd, size) as map_:
+            assert not files.resident(map_, 0, size)
+            files.populate(map_, mmap.PAGESIZE, 3 * mmap.PAGESIZE)
+            assert files.resident(map_, mmap.PAGESIZE, 2 * mmap.PAGESIZE + 1)
+    finally:
+        os.close(fd)
 
 
 def read_one(reader: Reader, segment: Segment) -> None:

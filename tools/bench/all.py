@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from kvdb.tools.bench import append, codecs, cold, commit, decode, gather, recoded, reuse, scale, selection, verify
+from kvdb.tools.bench import (
+    append,
+    codecs,
+    cold,
+    commit,
+    decode,
+    gather,
+    recoded,
+    reuse,
+    scale,
+    selection,
+    tiers,
+    verify,
+)
 from kvdb.tools.bench.setup import RESULTS
 from kvdb.tools.evaluate.command import evaluate
 
@@ -22,6 +35,7 @@ def run() -> None:
     gather.run()
     cold.run()
     scale.run()
+    tiers.run()
 
 
 if __name__ == "__main__":
