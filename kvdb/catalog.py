@@ -140,7 +140,9 @@ class Catalog:
                 files.unlink(ballast)
 
     def file_bytes(self) -> int:
-        return files.tree_bytes(self.path)
+        """What its files occupy; the ballast counts while it waits for room, too: nobody asks before it comes back."""
+        waits = 0 if (self.path / _BALLAST).exists() else BALLAST_BYTES
+        return files.tree_bytes(self.path) + waits
 
     def close(self) -> None:
         if self._env is not None:

@@ -1,8 +1,8 @@
 """check(): walk a store and yield everything that is wrong. The engine, the tool, `repair` and every test's teardown share it.
 
 Facts checked: every entry of the catalog verifies, and each table has as many as its totals say; every span's segment exists
-and its parents lead to position 0; spans lie on the grid, inside their segments and end to end; sequences have the root of
-their segments; the prefix tree finds every segment and lists no other; names, manifests, uses and counters agree with what
+and its parents lead to position 0; spans lie on the grid, inside their segments and end to end; sequences have the root and
+the fidelity of their segments; the prefix tree finds every segment and lists no other; names, manifests, uses and counters agree with what
 is there; files are there and of the right size; metadata says what the catalog says; seals, token ids, abstracts and every
 record match their digests; no array or manifest is left that no entry names. It reads, and repairs nothing. (What a dead
 writer left in tmp/ is no problem: the next opener for writing removes it.)
@@ -29,7 +29,7 @@ from kvdb.errors import Damaged, KVDBError, Problem
 from kvdb.format import SegmentInfo
 from kvdb.identity import Identity
 from kvdb.segments import abstract_layout, block_file, codec_of, layout, row_bytes
-from kvdb.transaction import Transaction
+from kvdb.transaction import Transaction, fidelity_of
 
 
 def check_store(root: Path, catalog: Catalog) -> Iterator[Problem]:
@@ -179,6 +179,9 @@ def _check_sequence(txn: Transaction, sequence: Sequence, segments: dict[str, Se
         position += span.stop - span.start
     if position != sequence.tokens:
         yield Problem(where, "span", f"spans hold {position} tokens, expected {sequence.tokens}")
+    fidelity = fidelity_of(segments[span.segment].info for span in sequence.spans)
+    if sequence.fidelity != fidelity:
+        yield Problem(where, "fidelity", f"fidelity {sequence.fidelity!r}, expected {fidelity!r}, as its segments say")
     root = spans_root(sequence.spans, [segments[span.segment] for span in sequence.spans])
     if root != sequence.root:
         yield Problem(where, "root", f"root of its segments is {root}, expected {sequence.root}")

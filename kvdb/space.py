@@ -74,13 +74,14 @@ class Space:
             segments, named = txn.counters().segment_bytes, txn.totals("names")
         if named != self._names[0]:  # there may be thousands: they are only looked at again when they have changed
             self._names = named, files.tree_bytes(self.root / manifests.NAMES)
-        parts = (TRASH, "quarantine", "catalog")
+        parts = (TRASH, "quarantine")
         in_flight = files.tree_bytes(self.root / "tmp", reserved=True)
         fixed = (".", "kvdb.json", "chunks", f"chunks/{METADATA_KEY}")
         return (
             segments
             + in_flight
             + self._names[1]
+            + self.catalog.file_bytes()
             + sum(files.tree_bytes(self.root / part) for part in parts)
             + sum(files.disk_bytes(self.root / part) for part in fixed)
         )

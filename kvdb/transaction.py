@@ -543,9 +543,10 @@ class Transaction:
             )
 
     def _rooted(self, sequence: Sequence) -> Sequence:
-        """As it is entered: bound to the KV behind its spans."""
-        root = entries.spans_root(sequence.spans, self.span_entries(sequence.spans))
-        return msgspec.structs.replace(sequence, root=root, last_used=0.0, hits=0)
+        """As it is entered: bound to the KV behind its spans, and of the fidelity of that KV whatever it said before."""
+        behind = self.span_entries(sequence.spans)
+        root, fidelity = entries.spans_root(sequence.spans, behind), fidelity_of(entry.info for entry in behind)
+        return msgspec.structs.replace(sequence, root=root, fidelity=fidelity, last_used=0.0, hits=0)
 
     def next_expiry(self) -> float | None:
         """Store time before which no sequence expires; None: none ever does."""
@@ -566,10 +567,8 @@ class Transaction:
         if spans:
             tokens = sum(span.stop - span.start for span in spans)
             key = entries.sequence_key(sequence.identity, spans, sequence.name)
-            fidelity = fidelity_of(entry.info for entry in self.span_entries(spans))
             if sequence.name is not None or self.find_sequence(key) is None:
-                changed = msgspec.structs.replace(sequence, key=key, spans=spans, tokens=tokens, fidelity=fidelity)
-                self.put_sequence(changed)
+                self.put_sequence(msgspec.structs.replace(sequence, key=key, spans=spans, tokens=tokens))
 
     def span_entries(self, spans: Iterable[Span]) -> list[SegmentEntry]:
         """Catalog entries behind spans.

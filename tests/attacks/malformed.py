@@ -23,10 +23,12 @@ import lmdb
 import msgspec
 import numpy as np
 import pytest
+from faults import coded
 from faults.forked import in_child
 from helpers import SMALL, TWO_GROUPS, extend, identity, token_list
 
 from kvdb import KVDB, files
+from kvdb.codecs import CodecPlan
 from kvdb.entries import framed
 from kvdb.environment import TABLES
 from kvdb.errors import KVDBError
@@ -39,11 +41,17 @@ OUTSIDE: Final = "outside"
 """A folder beside the store that no visit may change."""
 
 
+CODED: Final = {"int4": token_list(70, 4), "planes": token_list(52, 5)}
+
+
 def build(root: Path) -> None:
     with KVDB.open(root, min_free=0) as db:
         extend(db, FIRST, name="first", geometry=TWO_GROUPS, segment_tokens=64)
         extend(db, np.concatenate((FIRST[:64], token_list(20, 2))), name="second", geometry=TWO_GROUPS)
         extend(db, token_list(30, 3), geometry=SMALL)
+        for codec, tokens in CODED.items():
+            coded.store(db, tokens, codec, codec, geometry=TWO_GROUPS, segment_tokens=32)
+            coded.assert_reads_back(db, tokens, db.sequence(codec).spans)  # loops are loaded before anything is forked
 
 
 def prepare(folder: Path) -> Path:
@@ -152,6 +160,55 @@ def huge_geometry(root: Path, rng: Rng) -> None:
             entry["info"]["capacity"] = rng.choice([1, 1024, 16_384])
 
     forge(root, "segments", edit)
+
+
+def some_half(rng: Rng) -> Any:
+    """A codec that is known, or none, with parameters that are right, absurd, or another's."""
+    config = {name: rng.choice([extreme(rng), rng.choice([0, 1, 5, 6, 8, 1 << 16])]) for name in ("bits", "group")}
+    known = [{}, {"axis": "token"}, {"axis": "token", "group": config["group"]}, {"bits": config["bits"]}]
+    name = rng.choice(["raw", "int8", "int4", "int2", "planes", "planes", "pickle", extreme(rng)])
+    return {"name": name, "config": rng.choice([*known, config, extreme(rng)])}
+
+
+def other_codec(root: Path, rng: Rng) -> None:
+    """Segments that are said to be stored otherwise, by codecs, parameters and rows that do not fit or that nobody knows; in the
+    catalog, and as often in the metadata of their arrays."""
+    alike = rng.random() < 0.5
+    made: dict[str, Any] = {}
+
+    def edit(values: dict[bytes, Any]) -> None:
+        for entry in values.values():
+            info = entry["info"]
+            halves = [{"key": some_half(rng), "value": some_half(rng)} for _ in info["geometry"]["groups"]]
+            groups = rng.choice([halves, halves, halves, halves[:1], halves * 1_000, [], extreme(rng)])
+            spec = {"name": "groups", "config": {"groups": groups}}
+            info["codec"] = rng.choice([spec, spec, {"name": "raw", "config": {}}, {"name": "raw", "config": spec}])
+            if rng.random() < 0.5:
+                info["fidelity"] = "int4"
+            made[info["segment"]] = info
+
+    forge(root, "segments", edit)
+    for path in sorted((root / "chunks").glob("*.kv*/zarr.json")) if alike else ():
+        metadata, info = json.loads(path.read_bytes()), made[path.parent.name.partition(".")[0]]
+        metadata["attributes"]["kvdb"]["info"] |= {"codec": info["codec"], "fidelity": info["fidelity"]}
+        path.write_text(json.dumps(metadata))
+
+
+def other_fidelity(root: Path, rng: Rng) -> None:
+    """KV that a codec rounded is said to be exact, or the other way round: of segments, or of sequences only."""
+    table, said = rng.choice(["segments", "sequences"]), rng.choice(["exact", "exact", "int4", "planes int4 again"])
+
+    def edit(values: dict[bytes, Any]) -> None:
+        for entry in values.values():
+            (entry["info"] if table == "segments" else entry)["fidelity"] = said
+
+    forge(root, table, edit)
+
+
+def cut_file(root: Path, rng: Rng) -> None:
+    """A shard, an abstract or a page of the catalog that ends early, or is longer by a little."""
+    path = rng.choice(sorted(p for p in root.rglob("*") if p.is_file() and p.stat().st_size))
+    os.truncate(path, rng.choice([rng.randrange(path.stat().st_size), path.stat().st_size + rng.choice([1, 8, 4096])]))
 
 
 def circle_of_parents(root: Path, rng: Rng) -> None:
@@ -335,8 +392,8 @@ def wild_catalog(root: Path, rng: Rng) -> None:
 IDEAS: Final[dict[str, Callable[[Path, Rng], None]]] = {
     idea.__name__.replace("_", " "): idea
     for idea in (
-        extreme_entry, huge_geometry, circle_of_parents, circle_of_moves, overlapping_spans, garbage_entry, strange_key, many_token_ids,
-        json_extreme, json_garbage, link_outside, link_in_passing, hard_link, no_file, giant_file, empty_file, strange_names,
+        extreme_entry, huge_geometry, other_codec, other_fidelity, circle_of_parents, circle_of_moves, overlapping_spans, garbage_entry, strange_key, many_token_ids,
+        json_extreme, json_garbage, link_outside, link_in_passing, hard_link, no_file, giant_file, empty_file, cut_file, strange_names,
         many_files, wild_catalog,
     )
 }  # fmt: skip
@@ -389,9 +446,12 @@ def _use(db: KVDB) -> None:
         try:
             for segment in segments:
                 for layer in segment.info.geometry.layers[:2]:
-                    heads = segment.info.geometry.groups[segment.info.geometry.locate(layer)[0]].kv_heads
-                    reader.rows(segment, layer, np.arange(min(heads, 4)))
+                    g = segment.info.geometry.groups[segment.info.geometry.locate(layer)[0]]
+                    records, ct = np.arange(min(g.kv_heads, 4)), segment.info.geometry.chunk_tokens
+                    reader.rows(segment, layer, records)
                     reader.abstract(segment, "box", layer)
+                    out = np.empty((2, len(records), ct, g.head_dim), segment.info.geometry.storage_dtype)
+                    reader.read(segment, layer, records, out)
         finally:
             reader.close()
 
@@ -403,6 +463,8 @@ def _write(root: Path) -> None:
             db.pin(sequence.key)
             db.pin(sequence.key, False)
         db.compact()
+        for sequence, codec in zip(db.sequences(), ("planes", "int4", "raw") * 2, strict=False):
+            db.recode(sequence.key, CodecPlan.parse(codec))
         db.delete("first")
         db.evict(0, named=True)
         db.gc()

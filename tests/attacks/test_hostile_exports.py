@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import assert_healthy, assert_reads_back, extend, flip, opened, token_list, tree_bytes
+from faults import coded
+from helpers import SMALL, assert_healthy, assert_reads_back, extend, flip, identity, opened, token_list, tree_bytes
 
 from kvdb import KVDB
+from kvdb.codecs import CODECS
 from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, StorageFull
 
 TOKENS = token_list(100)
@@ -123,6 +125,116 @@ DESCRIPTIONS: dict[str, Callable[[Members], Members]] = {
     "an endless name": described(lambda d: put(d["sequence"], "name", "x" * 100_000)),
     "an endless model": described(lambda d: put(d["sequence"], "model", "x" * (2 << 20))),
 }
+
+
+# -- of a sequence that codecs stored
+
+
+@pytest.fixture(scope="module", params=["int4", "planes"])
+def coded_members(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Members:
+    folder = tmp_path_factory.mktemp("export")
+    with opened(folder / "source") as db:
+        coded.store(db, TOKENS, "n", request.param, geometry=SMALL, segment_tokens=64)
+        db.export_sequence("n", folder / "good.zip")
+    with zipfile.ZipFile(folder / "good.zip") as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def told(change: Callable[[Any], object]) -> Callable[[Members], Members]:
+    """The file with another `info` of its second segment, the first that is not stored as it is, in its description and the metadata of
+    its arrays alike."""
+
+    def do(members: Members) -> Members:
+        found = json.loads(members[DESCRIPTION])
+        segment = info(found, 1)["segment"]
+        change(info(found, 1))
+        changed = {**members, DESCRIPTION: json.dumps(found).encode()}
+        for name in [n for n in members if segment in n and n.endswith(".kv0/zarr.json")]:
+            metadata = json.loads(members[name])
+            change(metadata["attributes"]["kvdb"]["info"])
+            changed[name] = json.dumps(metadata).encode()
+        return changed
+
+    return do
+
+
+def with_key(**config: object) -> Callable[[Members], Members]:
+    """Keys of another configuration."""
+    return told(lambda i: i["codec"]["config"]["groups"][0]["key"]["config"].update(config))
+
+
+def with_spec(key: str, value: object) -> Callable[[Members], Members]:
+    return told(lambda i: put(i, "codec", {"name": "groups", "config": {"groups": [half_pair(key, value)]}}))
+
+
+def half_pair(key: str, value: object) -> Any:
+    return {half: {"name": key, "config": value} for half in ("key", "value")}
+
+
+CODED: dict[str, Callable[[Members], Members]] = {
+    "said to be stored as it is": told(lambda i: put(i, "codec", {"name": "raw", "config": {}})),
+    "another codec": with_spec("int8", {}),
+    "rows of fewer bits": with_spec("int2", {}),
+    "an unknown codec of a group": with_spec("pickle", {}),
+    "a codec whose name is a number": with_spec(7, {}),  # type: ignore[arg-type]
+    "parameters that are a list": with_spec("int4", []),
+    "a parameter that is not known": with_key(x=1),
+    "a huge group": with_key(axis="token", group=1 << 40),
+    "a group of half the channels": with_key(axis="token", group=4),
+    "no group": with_key(axis="token", group=0),
+    "a group of less than none": with_key(axis="token", group=-8),
+    "a group that does not divide": with_key(axis="token", group=3),
+    "an axis that is none": with_key(axis="../../victim"),
+    "a huge number of bits": with_key(bits=1 << 70),
+    "no bits": with_key(bits=0),
+    "another number of bits": with_key(bits=7),
+    "bits that are a text": with_key(bits="6"),
+    "no codec for a group": told(lambda i: put(i["codec"]["config"], "groups", [])),
+    "codecs for groups that are not there": told(lambda i: put(i["codec"]["config"], "groups", i["codec"]["config"]["groups"] * 1_000)),
+    "groups that are no list": told(lambda i: put(i["codec"]["config"], "groups", 1 << 62)),
+    "a codec that is no object": told(lambda i: put(i["codec"]["config"], "groups", ["int4"])),
+    "a codec without values": told(lambda i: i["codec"]["config"]["groups"][0].pop("value")),
+    "exact, said of rounded KV": told(lambda i: put(i, "fidelity", "exact")),
+    "fewer tokens than rows": told(lambda i: put(i, "tokens", 16)),
+    "room for more rows": told(lambda i: put(i, "capacity", i["capacity"] + 1)),
+    "a bomb of room": told(lambda i: put(i, "capacity", 1 << 40)),
+    "heads of many more channels": told(lambda i: put(i["geometry"]["groups"][0], "head_dim", 1 << 30)),
+    "a chunk of many more tokens": told(lambda i: put(i["geometry"], "chunk_tokens", 1 << 30)),
+    "another dtype of the same size": told(lambda i: put(i["geometry"], "dtype", "float16")),
+    "rows that end early": lambda m: {**m, (n := second(m)): m[n][:-1]},
+    "rows that are longer": lambda m: {**m, (n := second(m)): m[n] + b"\0"},
+    "no rows": lambda m: {**m, second(m): b""},
+    "rows of zeros": lambda m: {**m, (n := second(m)): bytes(len(m[n]))},
+    "rows of ones, which are no numbers": lambda m: {**m, (n := second(m)): b"\xff" * 64 + m[n][64:]},
+    "rows of the segment after it": lambda m: {**m, second(m): m[second(m, 2)]},
+}  # fmt: skip
+
+
+def second(members: Members, segment: int = 1) -> str:
+    """The array of a segment's KV, by default of the first that is not stored as it is."""
+    return array(members, f"{info(json.loads(members[DESCRIPTION]), segment)['segment']}.kv0/c.0.0.0.0.0")
+
+
+@pytest.mark.parametrize("idea", CODED)
+def test_hostile_rows_and_codecs_are_refused(tmp_path: Path, coded_members: Members, idea: str) -> None:
+    changed = CODED[idea](coded_members)
+    assert changed != coded_members
+    refuse(tmp_path, write(tmp_path / "x.zip", changed))
+
+
+def test_what_codecs_stored_is_taken_in(tmp_path: Path, coded_members: Members) -> None:
+    """So it is the ideas above that are refused."""
+    with opened(tmp_path / "store") as db:
+        spans = db.sequence(db.import_sequence(write(tmp_path / "x.zip", coded_members))).spans
+        coded.assert_reads_back(db, TOKENS, spans)
+        assert db.match(identity(), TOKENS).tokens == 0
+
+
+def test_every_codec_is_refused_in_place_of_another(tmp_path: Path, coded_members: Members) -> None:
+    spec = info(json.loads(coded_members[DESCRIPTION]), 1)["codec"]["config"]["groups"][0]
+    for name in CODECS.keys() - {spec["key"]["name"]}:
+        refuse(tmp_path, write(tmp_path / "x.zip", with_spec(name, {})(coded_members)))
+        (tmp_path / "x.zip").unlink()
 
 
 def array(members: Members, ending: str) -> str:

@@ -12,18 +12,16 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from faults import plants
-from faults.workload import SCRIPTS, Life, Violation, ack_file, acks_of, judge, repeatable
+from faults.workload import LIFE, SCRIPTS, Life, Violation, ack_file, acks_of, judge, repeatable
 from helpers import python
-
-from kvdb.abstracts import ABSTRACTS
 
 HUNG = "hung"
 PATIENCE_S = 30
@@ -113,7 +111,7 @@ def _said(acks: Path) -> Path:
 
 
 def serve() -> None:
-    _make_a_sketch()
+    _live_once()
     print("ready", flush=True)
     for line in sys.stdin:
         what, *arguments = json.loads(line)
@@ -121,9 +119,11 @@ def serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _make_a_sketch() -> None:
-    """Its loops are compiled or loaded by whoever makes the first one: a life would spend more calls on that than on its store."""
-    ABSTRACTS["sketch"].build(np.zeros((1, 1, 8, 4), np.float32), 8, "float32")
+def _live_once() -> None:
+    """Whatever is compiled, loaded or imported when it is first needed is there before the first fork: a life would spend more calls on
+    that than on its store, and LLVM aborts where it finds no memory for a loop."""
+    with tempfile.TemporaryDirectory() as folder, repeatable():
+        Life(Path(folder) / "s", lambda _: None).live(LIFE)
 
 
 def _fork(acks: str, act: Any) -> int:

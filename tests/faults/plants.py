@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import pytest
 
-from kvdb import KVDB, files, folder, summarise
+from kvdb import KVDB, Sequence, files, folder, recode, summarise
 from kvdb.segments import Segment, SegmentWriter
 
 Patch = pytest.MonkeyPatch
@@ -85,6 +85,20 @@ def _abstracts_by_segment(patch: Patch) -> None:
     patch.setattr(summarise, "_settle", settle)
 
 
+def _recoded_in_place(patch: Patch) -> None:
+    """The files that only a recoded sequence used go before it leads to the new ones."""
+    lead = recode._lead
+
+    def unlink_first(db: KVDB, sequence: Sequence, last: Segment, temporary: str | None) -> None:
+        used = {span.segment for s in db.sequences() if s.key != sequence.key for span in s.spans}
+        for segment in db.segments(sequence.spans):
+            if segment.info.segment not in used:
+                db.space.dispose(segment.info.array_names())
+        lead(db, sequence, last, temporary)
+
+    patch.setattr(recode, "_lead", unlink_first)
+
+
 def _retried_fsync(patch: Patch) -> None:
     """The second fsync after a failed one says yes: the kernel has dropped the pages and forgotten the error."""
     real = files.fsync
@@ -122,6 +136,7 @@ PLANTS: Final[dict[str, Callable[[Patch], None]]] = {
     "commit before data": _commit_before_data,
     "unlink before commit": _unlink_before_commit,
     "abstracts by segment": _abstracts_by_segment,
+    "recoded in place": _recoded_in_place,
     "retried fsync": _retried_fsync,
     "lock skipped": _lock_skipped,
     "no sweep": _no_sweep,

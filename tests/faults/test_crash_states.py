@@ -64,6 +64,7 @@ def fails_then_crashes(scratch: Path, fault: Fault, seed: int, plant: str | None
         "commit before data",
         "unlink before commit",
         "abstracts by segment",
+        "recoded in place",
         "no sweep",
     ],
 )

@@ -43,7 +43,7 @@ def test_a_process_killed_at_any_call_loses_nothing_acknowledged(
 
 
 @needs_strace
-@pytest.mark.parametrize("plant", ["commit before data", "unlink before commit", "no sweep"])
+@pytest.mark.parametrize("plant", ["commit before data", "unlink before commit", "recoded in place", "no sweep"])
 def test_killing_at_every_call_shows(nurse: Nursery, scratch: Path, plant: str) -> None:
     """A planted bug: the harness must see it. Only the calls that publish or remove something are tried."""
     calls = record(nurse, scratch, plant=plant)

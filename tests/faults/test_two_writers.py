@@ -13,10 +13,10 @@ import pytest
 from faults import plants
 from faults.children import Nursery
 from faults.tally import seen
-from faults.workload import CREATE, NEXT, TRUNK, Life, State, Violation, acks_of, store
+from faults.workload import CREATE, NEXT, TRUNK, Held, Life, State, Violation, acks_of, held_by, store
 from helpers import opened
 
-BOTH: State = frozenset({("trunk", TRUNK.tobytes()), ("visit", NEXT.tobytes())})
+BOTH: State = frozenset({Held("trunk", TRUNK.tobytes()), Held("visit", NEXT.tobytes())})
 
 
 def visited(nurse: Nursery, scratch: Path, write: int, plant: str | None = None) -> Violation | None:
@@ -41,7 +41,7 @@ def visited(nurse: Nursery, scratch: Path, write: int, plant: str | None = None)
         if not ack.startswith("done"):
             return Violation("untyped" if "untyped" in ack else "lost", ack)
     with opened(scratch / "s") as db:
-        found = frozenset((s.name, db.tokens(s.spans).tobytes()) for s in db.sequences())
+        found = held_by(db)
         return None if found == BOTH else Violation("lost", f"{len(found)} sequences, expected two")
 
 

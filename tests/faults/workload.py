@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from helpers import Array, assert_reads_back, extend, identity, token_list
+from faults import coded
+from helpers import Array, extend, identity, token_list
 
-from kvdb import KVDB, Geometry, LayerGroup
+from kvdb import EXACT, KVDB, Geometry, LayerGroup
+from kvdb.codecs import CodecPlan
 from kvdb.errors import KVDBError, SequenceNotFound
+from kvdb.identity import joined_fidelity
 from kvdb.repair import repair
 
 GEOMETRY = Geometry(
@@ -32,9 +35,24 @@ GEOMETRY = Geometry(
 )
 """Two groups, one of a width no codec likes: a segment of four arrays."""
 SEGMENT_TOKENS = 48
+AS_IS = "raw"
 
-State = frozenset[tuple[str | None, bytes]]
-"""What a store holds: (name, token ids) of every sequence."""
+
+class Held(NamedTuple):
+    """A sequence that a store holds.
+
+    fidelity  says what its KV is
+    codec     stores its KV, but for the first chunk and a started one
+    """
+
+    name: str | None
+    tokens: bytes
+    fidelity: str = EXACT
+    codec: str = AS_IS
+
+
+State = frozenset[Held]
+"""Every sequence that a store holds."""
 EMPTY: State = frozenset()
 REBUILD = "rebuild"
 
@@ -149,17 +167,16 @@ def store(label: str, tokens: Array, *, name: str | None = None) -> Step:
     def passes(before: State) -> list[State]:
         wanted, states, now = tokens.tobytes(), [before], before
         held = matched(before, tokens)
-        recorded: tuple[None, bytes] | None = None
+        recorded: Held | None = None
         at = len(tokens) if held == len(tokens) else GEOMETRY.grid_floor(held)
         while at < len(tokens):
             at = min(at + SEGMENT_TOKENS, len(tokens))
-            now = now - {recorded} | {(None, tokens[:at].tobytes())}
-            recorded = (None, tokens[:at].tobytes())
+            now = now - {recorded} | {recorded := Held(None, tokens[:at].tobytes())}
             states.append(now)
         if name is not None:
             now = now - {recorded}
-        moved = {(n, t) for n, t in now if n == name is not None and t != wanted}
-        states.append(now - moved | {(None, t) for _, t in moved} | {(name, wanted)})
+        moved = {held for held in now if held.name == name is not None and held.tokens != wanted}
+        states.append(now - moved | {held._replace(name=None) for held in moved} | {Held(name, wanted)})
         return states
 
     return Step(
@@ -167,6 +184,43 @@ def store(label: str, tokens: Array, *, name: str | None = None) -> Step:
         lambda life: extend(life.db, tokens, name=name, geometry=GEOMETRY, segment_tokens=SEGMENT_TOKENS),
         passes,
     )
+
+
+def store_coded(name: str, tokens: Array, codec: str) -> Step:
+    """Commit a sequence that shares nothing, with a lossy codec, and name it."""
+
+    def passes(before: State) -> list[State]:
+        ends = coded.stops(GEOMETRY, len(tokens), SEGMENT_TOKENS)
+        begun = [Held(None, tokens[:at].tobytes(), codec, _codec_of_beginning(at, codec)) for at in ends]
+        return [before, *(before | {held} for held in begun), before | {begun[-1]._replace(name=name)}]
+
+    how: Any = {"geometry": GEOMETRY, "segment_tokens": SEGMENT_TOKENS}
+    return Step(f"store {name}", lambda life: coded.store(life.db, tokens, name, codec, **how), passes)
+
+
+def recode(name: str, codec: str) -> Step:
+    """Store a sequence with another codec. Until that is done it is what it was, and beside it may be a beginning of what it becomes."""
+    plan = CodecPlan.parse(codec)
+
+    def passes(before: State) -> list[State]:
+        old = next((held for held in before if held.name == name and held.codec != codec), None)
+        if old is None:
+            return [before]
+        new = old._replace(
+            fidelity=old.fidelity if plan.lossless else joined_fidelity(old.fidelity, codec), codec=codec
+        )
+        ids = np.frombuffer(old.tokens, "<u4")
+        begun = [
+            Held(None, ids[:at].tobytes(), new.fidelity, _codec_of_beginning(at, codec))
+            for at in sorted({*range(GEOMETRY.chunk_tokens, len(ids), GEOMETRY.chunk_tokens), len(ids)})
+        ]
+        return [before, *(before | {held} for held in begun), before - {old} | {new}]
+
+    return Step(f"recode {name} as {codec}", lambda life: life.db.recode(name, plan), passes)
+
+
+def _codec_of_beginning(tokens: int, codec: str) -> str:
+    return codec if tokens > GEOMETRY.chunk_tokens else AS_IS
 
 
 def delete(name: str) -> Step:
@@ -178,16 +232,16 @@ def evict() -> Step:
     unnamed sequence stays only if it is the beginning of a named one, which would keep its bytes anyway."""
 
     def passes(before: State) -> list[State]:
-        unnamed = [s for s in before if s[0] is None]
+        unnamed = [held for held in before if held.name is None]
         subsets = itertools.chain.from_iterable(itertools.combinations(unnamed, n) for n in range(len(unnamed) + 1))
         return [before - set(gone) for gone in subsets]
 
     def ends(before: State) -> list[State]:
-        kept = [tokens for name, tokens in before if name is not None]
+        named = [held for held in before if held.name is not None]
         return [
             after
             for after in passes(before)
-            if all(any(k.startswith(tokens) for k in kept) for name, tokens in after if name is None)
+            if all(any(_begins(held, other) for other in named) for held in after if held.name is None)
         ]
 
     return Step("evict", lambda life: life.db.evict(0), passes, ends)
@@ -231,7 +285,11 @@ def rebuild() -> Step:
 
 
 def _without(state: State, names: set[str]) -> State:
-    return frozenset(s for s in state if s[0] not in names)
+    return frozenset(held for held in state if held.name not in names)
+
+
+def _begins(held: Held, other: Held) -> bool:
+    return other.tokens.startswith(held.tokens) and other.fidelity == held.fidelity
 
 
 def _branch(tokens: Array, at: int, count: int, seed: int) -> Array:
@@ -243,7 +301,8 @@ BRANCH = _branch(TRUNK, 60, 90, 2)
 TURN = _branch(BRANCH, 90, 130, 3)
 DRAFT, SECOND = token_list(40, 4), token_list(33, 5)
 LAST, NEXT = token_list(50, 6), token_list(20, 7)
-EVERYTHING = (TRUNK, BRANCH, TURN, DRAFT, SECOND, LAST, NEXT)
+CODED = token_list(32, 8)
+EVERYTHING = (TRUNK, BRANCH, TURN, DRAFT, SECOND, LAST, NEXT, CODED)
 
 CREATE = Step("create", reopen().act, lambda s: [s])
 CLOSE = Step("close", Life.close, lambda s: [s])
@@ -255,11 +314,14 @@ LIFE = (
     compact("chat"),
     abstracts("chat", "sketch"),
     pin("chat"),
+    recode("chat", "int4"),
     store("draft", DRAFT, name="draft"),
     store("second draft", SECOND, name="draft"),
+    store_coded("coded", CODED, "planes"),
     delete("trunk"),
     evict(),
     reopen(),
+    recode("coded", AS_IS),
     store("last", LAST, name="last"),
     delete("draft"),
     CLOSE,
@@ -269,6 +331,7 @@ REPAIRED = (
     store("trunk", TRUNK, name="trunk"),
     store("branch", BRANCH),
     abstracts("trunk", "box", "sketch"),
+    store_coded("coded", CODED, "planes"),
     rebuild(),
     store("last", LAST),
     CLOSE,
@@ -281,10 +344,12 @@ SCRIPTS = {"life": LIFE, "repaired": REPAIRED, "visit": VISIT}
 
 
 def matched(state: State, tokens: Array) -> int:
-    """Tokens that `tokens` shares with the sequence that shares most."""
+    """Tokens that `tokens` shares with the sequence of exact KV that shares most."""
     longest = 0
-    for _, stored in state:
-        other = np.frombuffer(stored, "<u4")
+    for held in state:
+        if held.fidelity != EXACT:
+            continue
+        other = np.frombuffer(held.tokens, "<u4")
         size = min(len(other), len(tokens))
         differ = np.flatnonzero(other[:size] != tokens[:size])
         longest = max(longest, int(differ[0]) if len(differ) else size)
@@ -325,26 +390,39 @@ def judge(path: Path, acks: list[str], script: tuple[Step, ...] = LIFE, **option
             _look_for_what_shows(db, acks, script)
             _expect([p.name for p in (path / "tmp").iterdir()] == [], "torn", "tmp/ was not swept")
             extend(db, NEXT, name="next", geometry=GEOMETRY)
-            _look(db, {state | {("next", NEXT.tobytes())} for state in allowed})
+            _look(db, {state | {Held("next", NEXT.tobytes())} for state in allowed})
     except (KVDBError, OSError) as error:
         raise Violation("unusable", f"{type(error).__name__}: {error}") from error
+
+
+def held_by(db: KVDB) -> State:
+    """What a store holds. Raises Violation where a sequence is stored in part with one codec, in part with another."""
+    try:
+        return frozenset(
+            Held(s.name, db.tokens(s.spans).tobytes(), s.fidelity, coded.codec_of(db, s.spans)) for s in db.sequences()
+        )
+    except AssertionError as error:
+        raise Violation("torn", str(error)) from error
 
 
 def _look(db: KVDB, allowed: set[State]) -> None:
     problems = [str(problem) for problem in db.check()]
     _expect(problems == [], "torn", "; ".join(problems))
-    sequences = db.sequences()
-    found: State = frozenset((s.name, db.tokens(s.spans).tobytes()) for s in sequences)
+    found = held_by(db)
     if found not in allowed:
         nearest = min(allowed, key=lambda state: len(state ^ found))
-        missing, extra = ([(n, len(t) // 4) for n, t in d] for d in (nearest - found, found - nearest))
-        raise Violation("lost" if missing else "resurrected", f"{missing} missing, {extra} not expected (name, tokens)")
-    for sequence in sequences:
-        _reads_back(db, db.tokens(sequence.spans), sequence.spans)
+        missing, extra = (
+            [held._replace(tokens=len(held.tokens) // 4) for held in d] for d in (nearest - found, found - nearest)
+        )
+        raise Violation("lost" if missing else "resurrected", f"{missing} missing, {extra} not expected")
+    for sequence in db.sequences():
+        reads_back(db, db.tokens(sequence.spans), sequence.spans)
     for tokens in EVERYTHING:
         match = db.match(identity(), tokens)
         _expect(match.tokens >= matched(found, tokens), "lost", f"only {match.tokens} tokens of a prefix are found")
-        _reads_back(db, tokens, match.spans)
+        served = {segment.info.fidelity for segment in db.segments(match.spans)}
+        _expect(served <= {EXACT}, "torn", f"where exact KV was asked for, {served} is served")
+        reads_back(db, tokens, match.spans)
 
 
 def _look_for_what_shows(db: KVDB, acks: list[str], script: tuple[Step, ...]) -> None:
@@ -354,9 +432,10 @@ def _look_for_what_shows(db: KVDB, acks: list[str], script: tuple[Step, ...]) ->
                 _expect(step.shows(db) or not ack.startswith("done"), "lost", f"{step.label}: done, and does not show")
 
 
-def _reads_back(db: KVDB, tokens: Array, spans: Any) -> None:
+def reads_back(db: KVDB, tokens: Array, spans: Any) -> None:
+    """Raises Violation where KV is not, to the bit, what it was when it was stored, and what codecs have made of it since."""
     try:
-        assert_reads_back(db, tokens, spans)
+        coded.assert_reads_back(db, tokens, spans)
     except AssertionError as error:
         raise Violation("torn", f"other bytes than were written: {error}") from error
 

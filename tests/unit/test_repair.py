@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lmdb
+import msgspec
 import numpy as np
 import pytest
 from helpers import (
@@ -23,7 +24,7 @@ from helpers import (
     write_segment,
 )
 
-from kvdb import KVDB
+from kvdb import EXACT, KVDB
 from kvdb.environment import TABLES
 from kvdb.errors import Damaged, KVDBError, NewerFormat, NotAStore, OutOfMemory, StorageFull, StoreLocked
 from kvdb.format import SegmentInfo
@@ -366,3 +367,17 @@ def test_a_giant_damaged_catalog_is_kept_aside_without_filling_the_disk(case: Ca
     (aside,) = case.root.glob("quarantine/*/data.mdb")
     assert aside.stat().st_size == 1 << 40
     assert aside.stat().st_blocks * 512 < 1 << 30
+
+
+def test_a_sequence_that_says_more_than_its_segments_is_found_and_put_right(tmp_path: Path) -> None:
+    """Who asks for exact KV by name goes by what the sequence says."""
+    with opened(tmp_path / "s") as db:
+        extend(db, GOOD, name="n", fidelity="sparse")
+    with KVDB.open(tmp_path / "s") as db:
+        with db.catalog.begin(write=True) as txn:
+            lying = msgspec.structs.replace(txn.sequence("n"), fidelity=EXACT)
+            txn._put("sequences", bytes.fromhex(lying.key), lying)
+        assert "fidelity" in {problem.kind for problem in db.check()}
+    assert repair(tmp_path / "s", apply=True).remaining == []
+    with opened(tmp_path / "s") as db:
+        assert db.sequence("n").fidelity == "sparse"

@@ -216,6 +216,23 @@ def test_eviction_works_on_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPat
         assert (path / "catalog" / "ballast").exists()
 
 
+def test_what_a_full_disk_took_from_the_catalog_comes_back_under_the_cap(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ballast comes back with a deletion, here of abstracts, and what these belong to may not go to make room for it."""
+    with opened(path) as db:
+        with monkeypatch.context() as patch:
+            patch.setattr("kvdb.files.free_bytes", lambda path: 0)
+            db.gc()
+        assert not (path / "catalog" / "ballast").exists()
+        key = extend(db, token_list(40)).key
+        db.set_size_cap(cap := db.info()["used_bytes"] + 16 * KIB)
+        assert keys(db) == {key}
+        db.set_abstracts(key, ())
+        assert (path / "catalog" / "ballast").exists()
+        assert occupied(path) <= cap
+
+
 # -- the order
 
 
