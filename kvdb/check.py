@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -25,11 +26,14 @@ from kvdb import files, format, manifests
 from kvdb.abstracts import ABSTRACTS
 from kvdb.catalog import Catalog
 from kvdb.entries import SegmentEntry, Sequence, spans_root
-from kvdb.errors import Damaged, KVDBError, Problem
+from kvdb.errors import Damaged, KVDBError, Problem, Unsupported
 from kvdb.format import SegmentInfo
 from kvdb.identity import Identity
 from kvdb.segments import abstract_layout, block_file, codec_of, layout, row_bytes
 from kvdb.transaction import Transaction, fidelity_of
+
+UNSUPPORTED: Final = "unsupported"
+"""Kind of problem: no damage, but a codec, cipher or abstract of a later version."""
 
 
 def check_store(root: Path, catalog: Catalog) -> Iterator[Problem]:
@@ -205,12 +209,15 @@ def _check_names(txn: Transaction, sequences: list[Sequence]) -> Iterator[Proble
 def check_files(
     chunks: Path, entry: SegmentEntry, identity: Identity | None, tokens: bytes | None
 ) -> Iterator[Problem]:
-    """Problems of one segment's files.
+    """Problems of one segment's files. What stores it may be of a later version: then that is all there is to say.
 
     identity, tokens  as the catalog has them; None where it does not verify, or when only the files are asked
     """
-    for problem in _check_arrays(chunks, entry, identity, tokens):
-        yield Problem(problem.loc, problem.kind, problem.message, entry.info.segment)
+    try:
+        for problem in _check_arrays(chunks, entry, identity, tokens):
+            yield Problem(problem.loc, problem.kind, problem.message, entry.info.segment)
+    except Unsupported as e:
+        yield Problem(f"segment {entry.info.segment}", UNSUPPORTED, str(e), entry.info.segment)
 
 
 def _check_arrays(

@@ -23,10 +23,10 @@ import numpy as np
 from kvdb import files, folder, format, manifests
 from kvdb.abstracts import ABSTRACTS
 from kvdb.catalog import Catalog
-from kvdb.check import check_abstract, check_files, check_store
+from kvdb.check import UNSUPPORTED, check_abstract, check_files, check_store
 from kvdb.entries import Limits, SegmentEntry, Sequence, sequence_key
 from kvdb.environment import DATA
-from kvdb.errors import Damaged, KVDBError, NotAStore, OlderFormat, OutOfMemory, Problem, StorageFull
+from kvdb.errors import Damaged, KVDBError, NotAStore, OlderFormat, OutOfMemory, Problem, StorageFull, Unsupported
 from kvdb.format import FORMAT_VERSION, KVAttributes, SegmentInfo
 from kvdb.identity import EXACT, Identity
 from kvdb.prefix import Tokens
@@ -56,7 +56,7 @@ def repair(path: Path, *, apply: bool = False, rebuild: bool = False) -> Repair:
 
     apply    do it; otherwise only say what would be done
     rebuild  make the catalog anew from the segments whatever state it is in
-    raises   NotAStore, NewerFormat; StoreLocked when a rebuild is needed and the store is open elsewhere; OutOfMemory and
+    raises   NotAStore, NewerFormat; Unsupported where the catalog names what only a later version knows; StoreLocked when a rebuild is needed and the store is open elsewhere; OutOfMemory and
              StorageFull, which are no reason to rebuild
     """
     path = at(path)
@@ -71,6 +71,10 @@ def repair(path: Path, *, apply: bool = False, rebuild: bool = False) -> Repair:
         if apply:
             folder.make_parts(path)
         report.problems += _problems(path, writing=apply)
+        if later := [p for p in report.problems if p.kind == UNSUPPORTED]:
+            raise Unsupported(
+                f"{later[0].message}; nothing was repaired, so that nothing of a later version is taken for damage"
+            )
         if rebuild or any(p.kind not in FILE_KINDS + _LITTER for p in report.problems):
             if apply:
                 files.make_exclusive(held, path)  # nobody may be left with the old catalog

@@ -25,8 +25,9 @@ from helpers import (
 )
 
 from kvdb import EXACT, KVDB
+from kvdb.codecs import CODECS, CodecPlan
 from kvdb.environment import TABLES
-from kvdb.errors import Damaged, KVDBError, NewerFormat, NotAStore, OutOfMemory, StorageFull, StoreLocked
+from kvdb.errors import Damaged, KVDBError, NewerFormat, NotAStore, OutOfMemory, StorageFull, StoreLocked, Unsupported
 from kvdb.format import SegmentInfo
 from kvdb.repair import repair
 from kvdb.segments import layout
@@ -381,3 +382,29 @@ def test_a_sequence_that_says_more_than_its_segments_is_found_and_put_right(tmp_
     assert repair(tmp_path / "s", apply=True).remaining == []
     with opened(tmp_path / "s") as db:
         assert db.sequence("n").fidelity == "sparse"
+
+
+@pytest.mark.parametrize("apply", [False, True])
+def test_what_only_a_later_version_knows_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apply: bool
+) -> None:
+    root = tmp_path / "s"
+    with opened(root) as db:
+        extend(db, GOOD, name="good")
+        writer = write_segment(db, BAD, fidelity="int8", codec=CodecPlan.parse("int8"))
+        db.put_sequence(db.commit(writer, BAD).segment, len(BAD), name="later")
+    with monkeypatch.context() as earlier:
+        earlier.delitem(CODECS, "int8")
+        before = {name: data for name, data in tree_bytes(root).items() if "lock" not in name}
+        with KVDB.open(root) as db:
+            assert {p.kind for p in db.check()} == {"unsupported"}
+            assert_reads_back(db, GOOD, db.sequence("good").spans)
+        with pytest.raises(Unsupported, match=r"'int8', expected one of .*; upgrade kvdb; nothing was repaired"):
+            repair(root, apply=apply)
+        after = {name: data for name, data in tree_bytes(root).items() if "lock" not in name}
+        assert {n: d for n, d in after.items() if n.startswith("chunks")} == {
+            n: d for n, d in before.items() if n.startswith("chunks")
+        }
+    with opened(root) as db:
+        assert_reads_back(db, GOOD, db.sequence("good").spans)
+        assert db.sequence("later").tokens == len(BAD)
