@@ -226,9 +226,17 @@ class Reader(ABC):
         self.bytes_read += len(rows) * array.row
         return stored.view(segment.info.geometry.storage_dtype), which
 
-    def rows(self, segment: Segment, layer: int, records: Array) -> Array:
-        """Records of one layer as they are stored, (n, row_bytes) uint8; otherwise as `read`."""
-        return self._checked_rows(*self._locate(segment, layer, records))
+    def rows(self, segment: Segment, layer: int, records: Array, out: Array | None = None) -> Array:
+        """Records of one layer as they are stored, (n, row_bytes) uint8; otherwise as `read`.
+
+        out  C-contiguous; overwritten and returned. None: new memory
+        """
+        array, rows = self._locate(segment, layer, records)
+        stored = np.empty((len(rows), array.row), np.uint8) if out is None else out
+        self._fetch_rows(array, rows, stored)
+        self._check(array, rows, stored.__getitem__)
+        self.bytes_read += stored.nbytes
+        return stored
 
     def _locate(self, segment: Segment, layer: int, records: Array) -> tuple[_OpenArray, Array]:
         """The array that holds records of a layer, and their rows in it."""
@@ -236,18 +244,14 @@ class Reader(ABC):
         group, layer_row = info.geometry.locate(layer)
         array = self._array(segment, group)
         limit = info.chunks * array.heads
-        if int(records.view(np.uint64).max()) >= limit:  # a negative one is huge as unsigned: one pass checks both ends
+        if (
+            len(records) and int(records.view(np.uint64).max()) >= limit
+        ):  # a negative one is huge as unsigned: one pass checks both ends
             raise InvalidInput(
                 f"segment {info.segment}, layer {layer}: records {int(records.min())}..{int(records.max())}, "
                 f"expected 0..{limit - 1}"
             )
         return array, records + layer_row * array.layer_records
-
-    def _checked_rows(self, array: _OpenArray, rows: Array) -> Array:
-        stored = self._fetch_rows(array, rows)
-        self._check(array, rows, stored.__getitem__)
-        self.bytes_read += stored.nbytes
-        return stored
 
     def _check(self, array: _OpenArray, rows: Array, stored: Callable[[int], Any]) -> None:
         """Compare rows that were read with their digests.
@@ -422,10 +426,10 @@ class Reader(ABC):
         self._bring(array, rows)
         return array.view, rows
 
-    def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
-        """Stored rows, (n, row_bytes) uint8."""
+    def _fetch_rows(self, array: _OpenArray, rows: Array, out: Array) -> None:
+        """Copy stored rows into `out`, (n, row_bytes) uint8."""
         self._bring(array, rows)
-        return np.take(array.view, rows, axis=0, mode="clip")
+        np.take(array.view, rows, axis=0, out=out, mode="clip")
 
 
 class MmapReader(Reader):
@@ -503,15 +507,16 @@ class PreadReader(Reader):
         return lambda i: out[:, i].tobytes()
 
     def _fetch_coded(self, array: _OpenArray, rows: Array) -> tuple[Array, Array]:
-        return self._fetch_rows(array, rows), np.arange(len(rows))
-
-    def _fetch_rows(self, array: _OpenArray, rows: Array) -> Array:
-        if array.unpacked is not None:
-            return super()._fetch_rows(array, rows)
         stored = np.empty((len(rows), array.row), np.uint8)
+        self._fetch_rows(array, rows, stored)
+        return stored, np.arange(len(rows))
+
+    def _fetch_rows(self, array: _OpenArray, rows: Array, out: Array) -> None:
+        if array.unpacked is not None:
+            super()._fetch_rows(array, rows, out)
+            return
         for i, row in enumerate(rows.tolist()):
-            self._read_row(array, row, [memoryview(stored[i])])
-        return stored
+            self._read_row(array, row, [memoryview(out[i])])
 
     @staticmethod
     def _read_row(array: _OpenArray, row: int, buffers: list[memoryview]) -> None:

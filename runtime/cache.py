@@ -22,6 +22,7 @@ from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import Geometry
 from kvdb.identity import Identity
 from kvdb.reader import Reader
+from kvdb.runtime.dequantise import decoder_on
 from kvdb.runtime.history import History
 from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail
 from kvdb.runtime.metrics import Metrics
@@ -76,7 +77,7 @@ class KVDBCache(Cache):
         self.take: int | None = None
         self.sampling = False
         self._reader = db.reader()
-        self._staging = Staging(dtype, device)
+        self._staging = Staging(dtype, device, decoder_on(device))
         self.rows = [
             History(db, identity, geometry, self._reader, self._staging, tuple(selector.abstracts), codec, model_label)
             for _ in range(batch)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvdb import forks
 from kvdb.abstracts import ABSTRACTS, build_all
-from kvdb.codecs import RAW, CodecPlan
+from kvdb.codecs import RAW, CodecPlan, RecordCodec
 from kvdb.entries import Span
 from kvdb.errors import Damaged
 from kvdb.format import SegmentInfo
@@ -25,9 +25,9 @@ from kvdb.identity import EXACT, Identity, joined_fidelity
 from kvdb.reader import Reader
 from kvdb.runtime.gather import Lent
 from kvdb.runtime.selection import Resident, Selector
-from kvdb.runtime.staging import Array, Staging, storage_view
+from kvdb.runtime.staging import Array, Coded, Staging, storage_view
 from kvdb.runtime.streaming import WriteBehind
-from kvdb.segments import Segment, SegmentWriter, payload_bytes, row_bytes
+from kvdb.segments import Segment, SegmentWriter, codec_of, payload_bytes, row_bytes
 from kvdb.store import KVDB
 
 FLUSH_TOKENS = 1024
@@ -44,6 +44,14 @@ class Part(NamedTuple):
     @property
     def stop(self) -> int:
         return self.first + self.chunks
+
+
+class Share(NamedTuple):
+    """Records of one segment in a read, and which of it they are; None: all, in order."""
+
+    segment: Segment
+    records: Array
+    columns: Array | None
 
 
 class History:
@@ -84,6 +92,7 @@ class History:
             int, tuple[int, Resident]
         ] = {}  # layer -> chunks, and their abstracts in the selector's form
         self._sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # segment, layers -> stored bytes of a chunk
+        self._codecs: dict[tuple[str, int], RecordCodec] = {}  # segment, layer -> what its rows decode with
         self._recorded: str | None = None  # key under which this sequence was last recorded, unnamed
         forks.watch(self)
 
@@ -248,29 +257,52 @@ class History:
 
     def _read_records(self, parts: list[Part], layer: int, chunks: Array, of_heads: Array) -> Tensor:
         """Chunk chunks[i] of KV head of_heads[i], for every i: (2, n, chunk_tokens, head_dim), K first."""
-        heads, n = len(self._heads[layer]), len(chunks)
-        ct, dim = self.geometry.chunk_tokens, self._dims[layer]
-
-        def read(segment: Segment, records: Array, out: Array) -> None:
-            with self._naming(segment):
-                self._reader.read(segment, layer, records, out)
+        shape = (2, len(chunks), self.geometry.chunk_tokens, self._dims[layer])
+        shares = list(self._shares(parts, layer, chunks, of_heads))
+        if self._staging.decodes(self._codec(share.segment, layer) for share in shares):
+            return self._staging.read_coded(shape, [self._coded(share, layer, shape) for share in shares])
 
         def fill(out: Array) -> None:
-            for part in parts:
-                records = (chunks - part.first) * heads + of_heads
-                if len(parts) == 1:
-                    read(part.segment, records, out)
-                    return
-                columns = np.flatnonzero((chunks >= part.first) & (chunks < part.stop))
-                if len(columns) == n:
-                    read(part.segment, records, out)
-                    return
-                if len(columns):
-                    some = np.empty((2, len(columns), ct, dim), out.dtype)
-                    read(part.segment, records[columns], some)
+            for segment, records, columns in shares:
+                some = out if columns is None else np.empty((2, len(columns), *shape[2:]), out.dtype)
+                with self._naming(segment):
+                    self._reader.read(segment, layer, records, some)
+                if columns is not None:
                     out[:, columns] = some
 
-        return self._staging.read_into((2, n, ct, dim), fill)
+        return self._staging.read_into(shape, fill)
+
+    def _shares(self, parts: list[Part], layer: int, chunks: Array, of_heads: Array) -> Iterator[Share]:
+        """What each part has of what `_read_records` is asked for."""
+        heads = len(self._heads[layer])
+        for part in parts:
+            records = (chunks - part.first) * heads + of_heads
+            if len(parts) == 1:
+                yield Share(part.segment, records, None)
+                return
+            columns = np.flatnonzero((chunks >= part.first) & (chunks < part.stop))
+            if len(columns) == len(chunks):
+                yield Share(part.segment, records, None)
+                return
+            if len(columns):
+                yield Share(part.segment, records[columns], columns)
+
+    def _coded(self, share: Share, layer: int, shape: tuple[int, int, int, int]) -> Coded:
+        segment, records, columns = share
+        codec = self._codec(segment, layer)
+
+        def fill(rows: Array) -> None:
+            with self._naming(segment):
+                self._reader.rows(segment, layer, records, rows)
+
+        row_bytes = codec.row_bytes(*shape[2:], self.geometry.dtype)
+        return Coded(codec, row_bytes, np.arange(shape[1]) if columns is None else columns, fill)
+
+    def _codec(self, segment: Segment, layer: int) -> RecordCodec:
+        key = (segment.info.segment, layer)
+        if key not in self._codecs:
+            self._codecs[key] = codec_of(segment.info, segment.info.geometry.locate(layer)[0])
+        return self._codecs[key]
 
     def resident(self, layer: int, selector: Selector) -> Resident:
         """The abstracts of every whole chunk of a layer, in the selector's form; loaded once, extended as chunks come."""

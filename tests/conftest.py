@@ -13,6 +13,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line: befo
 
 import pytest
 import torch
+
+# Before triton is loaded, which transformers does where it is installed: without a GPU its kernels run in memory.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from hypothesis import HealthCheck, settings
 
 from kvdb.tools.models import LoadedModel, ModelNotInstalled, load_model

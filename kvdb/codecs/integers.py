@@ -75,23 +75,24 @@ class Integers(Lossy):
             raise InvalidInput(f"codec {self.name}: group is {self.group}, expected it to divide head_dim, {head_dim}")
 
     def half_bytes(self, chunk_tokens: int, head_dim: int, dtype: str) -> int:
-        groups = self._form(head_dim).groups(chunk_tokens, head_dim)
+        groups = self.form(head_dim).groups(chunk_tokens, head_dim)
         return 4 * groups + div_ceil(chunk_tokens * self.nbits, 8) * head_dim
 
     def bound(self, rows: Array, chunk_tokens: int, head_dim: int) -> Array:
-        scales, _ = integers_numpy.steps(rows, self._form(head_dim), chunk_tokens, head_dim)
+        scales, _ = integers_numpy.steps(rows, self.form(head_dim), chunk_tokens, head_dim)
         return np.broadcast_to(scales / 2, (len(rows), chunk_tokens, head_dim))
 
-    def _form(self, head_dim: int) -> Form:
+    def form(self, head_dim: int) -> Form:
+        """How halves of so many channels are cut into groups."""
         if self.axis == CHANNEL:
             return Form(self.nbits, False, 1)
         return Form(self.nbits, True, self.group or max(size for size in range(1, _GROUP + 1) if head_dim % size == 0))
 
     def _pack(self, values: Array, rows: Array) -> None:
-        _best().encode(values, self._form(values.shape[2]), rows)
+        _best().encode(values, self.form(values.shape[2]), rows)
 
     def _decode(self, rows: Array, which: Array, first: int, out: Array, dtype: str) -> None:
-        _best().decode(rows, which, first, self._form(out.shape[2]), out, dtype)
+        _best().decode(rows, which, first, self.form(out.shape[2]), out, dtype)
 
 
 @dataclass(frozen=True, slots=True)

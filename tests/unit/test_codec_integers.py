@@ -109,7 +109,7 @@ def test_compiled_rows_are_numpys(codec: Integers, values: Array) -> None:
     pytest.importorskip("numba")
     rows = codec.encode(values, "float32")
     plain = np.full_like(rows, 0xA5)
-    integers_numpy.encode(values, codec._form(values.shape[2]), plain)
+    integers_numpy.encode(values, codec.form(values.shape[2]), plain)
     assert np.array_equal(rows, plain)
 
 
@@ -122,7 +122,7 @@ def test_compiled_decoding_is_numpys(dtype: str, codec: Integers, values: Array,
     out = np.empty((len(which), *values.shape[1:]), STORAGE_DTYPES[dtype])
     plain = np.empty_like(out)
     codec.decode(rows, which, 3, out, dtype)
-    integers_numpy.decode(rows, which, 3, codec._form(values.shape[2]), plain, dtype)
+    integers_numpy.decode(rows, which, 3, codec.form(values.shape[2]), plain, dtype)
     assert out.tobytes() == plain.tobytes()
 
 
@@ -160,7 +160,7 @@ def test_the_largest_numbers_of_float16_stay_finite(kind: type[Integers]) -> Non
 
 @pytest.mark.parametrize(("dim", "size"), [(64, 32), (80, 20), (128, 32), (24, 24), (5, 5), (33, 11), (1, 1)])
 def test_groups_of_values_are_the_largest_that_fit(dim: int, size: int) -> None:
-    assert Int4.of_values()._form(dim).channels == size
+    assert Int4.of_values().form(dim).channels == size
     assert Int4.of_values().half_bytes(16, dim, "float16") == 16 * dim // size * 4 + 8 * dim
 
 
