@@ -411,9 +411,9 @@ def eval_(
     codec: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEYS[:SETTING=VALUE,...][+VALUES]",
-            help="How stored KV is encoded: raw, int8, int4, int2, planes, as in planes:bits=6+int8; may be repeated. With --budget "
-            "1.0, what a codec alone costs.",
+            metavar="KEYS[:SETTING=VALUE,...][+VALUES][;LAYERS=...]",
+            help="How stored KV is encoded: raw, int8, int4, int2, planes, as in planes:bits=6+int8, balanced, small; other layers "
+            "otherwise, as in int4;0-1=int8; may be repeated. With --budget 1.0, what a codec alone costs.",
             show_default="raw",
         ),
     ] = None,

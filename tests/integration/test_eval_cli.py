@@ -19,7 +19,7 @@ from tiny_models import save_tiny_llama
 from torch import Tensor
 from typer.testing import CliRunner
 
-from kvdb.codecs import RecordCodec
+from kvdb.codecs import CodecPlan, RecordCodec
 from kvdb.runtime.attach import Attachment
 from kvdb.runtime.selection import BoxSelector, Budget, CentroidSelector, SketchSelector
 from kvdb.tools.cli import app
@@ -93,26 +93,32 @@ def test_every_codec_is_judged_and_what_is_read_are_its_bytes(tiny: Path, tmp_pa
         "--model", tiny, "--tokens", TOKENS, "--positions", POSITIONS, "--text", "code", "--threads", 1, "--selector", "box",
         "--budget", "0.1", "--budget", "1.0", "--needles", 0, "--chunk-tokens", 32, "--json",
     )  # fmt: skip
-    code, out, err = run(*job, "--codec", "raw", "--codec", "int8+int8", "--codec", "planes:bits=4+int2")
+    code, out, err = run(
+        *job, "--codec", "raw", "--codec", "int8+int8", "--codec", "planes:bits=4+int2", "--codec", "small;1=raw"
+    )
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["chunk_tokens"] == 32
     rows = {(row["codec"], row["rule"]): row["texts"][0] for row in found["rows"]}
-    stored = {  # keys and values of a record
-        "raw": 32 * 8 * 4 + 32 * 8 * 4,
-        "int8": (8 * 4 + 32 * 8) + (32 * 4 + 32 * 8),  # a scale and a minimum by channel, by token
-        "planes:bits=4+int2": (2 * 8 + 4 + 4 * 4 * 8) + (32 * 4 + 8 * 8),
+    raw = 32 * 8 * 4 + 32 * 8 * 4  # keys and values of a record
+    int8 = (8 * 4 + 32 * 8) + (32 * 4 + 32 * 8)  # a scale and a minimum by channel, by token
+    int4 = (8 * 4 + 32 * 4) + (32 * 4 + 32 * 4)
+    planes = (2 * 8 + 4 + 4 * 4 * 8) + (32 * 4 + 8 * 8)
+    stored = {  # of each layer
+        "raw": (raw, raw),
+        "int8": (int8, int8),
+        "planes:bits=4+int2": (planes, planes),
+        "int4;1=raw": (int4, raw),
     }
-    assert set(rows) == {(codec, rule) for codec in stored for rule in ("budget=0.1", "budget=1")}
+    chunks = {"budget=0.1": 3, "budget=1": 34}  # of 1 088 tokens; the first one is always read, and is exact
+    assert set(rows) == {(codec, rule) for codec in stored for rule in chunks}
     for (codec, rule), text in rows.items():
-        exact = rows["raw", rule]
-        assert text["token_bytes"] == 2 * 2 * stored[codec] / 32  # two layers, two heads
-        assert text["token_share"] == stored[codec] / stored["raw"]
-        assert text["kv_share"] == exact["kv_share"]
-        assert text["kv_bytes"] == pytest.approx(exact["kv_bytes"] * text["token_share"])
-        assert text["abstract_bytes"] == exact["abstract_bytes"]
+        read, held = (sum(2 * (raw + (n - 1) * of) for of in stored[codec]) for n in (chunks[rule], 34))  # of two heads
+        assert (text["kv_bytes"], text["kv_share"]) == (read, read / held)
+        assert (text["token_bytes"], text["token_share"]) == (held / (34 * 32), held / (2 * 2 * 34 * raw))
+        assert text["abstract_bytes"] == rows["raw", rule]["abstract_bytes"]
         assert (text["kl"] == 0.0) == ((codec, rule) == ("raw", "budget=1"))
-    everything = [rows[codec, "budget=1"]["kl"] for codec in stored]
+    everything = [rows[codec, "budget=1"]["kl"] for codec in ("raw", "int8", "int4;1=raw", "planes:bits=4+int2")]
     assert everything == sorted(everything)
 
 
@@ -156,6 +162,8 @@ def test_nothing_is_judged_where_nobody_would_select_or_the_model_cannot_follow(
 def test_a_codec_that_does_not_fit_the_model_is_refused_before_anything_is_computed(tiny: Path) -> None:
     code, _, err = run("--model", tiny, "--codec", "int4:axis=token,group=12")
     assert (code, "group is 12, expected it to divide head_dim, 8" in err) == (2, True)
+    code, _, err = run("--model", tiny, "--codec", "int4;7=raw")
+    assert (code, "layers [7], expected some of (0, 1)" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +175,7 @@ def test_a_codec_that_does_not_fit_the_model_is_refused_before_anything_is_compu
         (("--chunk-tokens", "513"), "--chunk-tokens 513: expected 1 to 512"),
         (("--codec", "bag"), "codec 'bag': 'bag', expected one of ['int2'"),
         (("--codec", "planes:bits=9"), "codec planes: bits is 9, expected 2 to 8"),
+        (("--codec", "int4;first=raw"), "'first=raw', expected LAYER=CODEC or FIRST-LAST=CODEC"),
         (("--budget", "1.5"), "--budget 1.5: expected a share"),
         (("--mass", "2"), "mass: 2.0, expected a share"),
         (("--text", "/nowhere.txt"), "document /nowhere.txt: No such file"),
@@ -272,7 +281,7 @@ class Judged(NamedTuple):
 
     def through(self, model: Any, codec: RecordCodec) -> Tensor:
         """Logits over all KV as a codec gives it back."""
-        return forward(model, self.past.through(codec), self.fed, None).logits
+        return forward(model, self.past.through(CodecPlan(codec)), self.fed, None).logits
 
     def kl(self, logits: Tensor) -> float:
         return distance(self.dense, logits, self.targets).kl

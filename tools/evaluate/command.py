@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvdb.codecs import RecordCodec
+from kvdb.codecs import CodecPlan
 from kvdb.errors import InvalidInput
 from kvdb.geometry import CHUNK_TOKENS
 from kvdb.tools.ask import load, parse_budget, read_document
@@ -48,7 +48,7 @@ def evaluate(
     """See `kvdb eval --help`. None or nothing in a list: its default; budgets: only where no other rule is given."""
     budgets = budgets or ([] if thresholds or masses or certified else [*DEFAULT_BUDGETS])
     limits = [parse_budget(budget) for budget in budgets]
-    parsed = [RecordCodec.parse(codec) for codec in codecs or [DEFAULT_CODEC]]
+    parsed = [CodecPlan.parse(codec) for codec in codecs or [DEFAULT_CODEC]]
     for option, file in (("--stats", stats), ("--plot", plot)):
         if file is not None and not file.parent.is_dir():
             raise InvalidInput(f"{option} {file}: no folder {file.parent}, expected an existing one")

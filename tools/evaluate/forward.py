@@ -49,6 +49,7 @@ class Cost:
     mass            true share of attention mass that was read, mean over query heads
     estimate        the same as the runtime estimates it, over `estimates` of the positions
     records         stored records read, all KV heads together
+    kv_bytes        stored bytes of these
     evaluated       ranges and records that were scored
     abstract_bytes  bytes of abstracts read to score them, and to estimate what was not read
     """
@@ -57,6 +58,7 @@ class Cost:
     estimate: float = 0.0
     estimates: int = 0
     records: int = 0
+    kv_bytes: int = 0
     evaluated: int = 0
     abstract_bytes: int = 0
 
@@ -156,6 +158,7 @@ def _attend(running: _Pass, layer: int, q: Tensor, first: int, k: Tensor, v: Ten
     read, beside = lse, _nothing(q)
     if selecting is not None:
         chosen, beside = _choose(running, layer, q, lse, tail_lse)  # [kv_heads, positions, chunks]
+        running.costs[layer].kv_bytes += int(chosen.sum((0, 1)) @ past.record_bytes(layer))
         read = lse.masked_fill(~chosen[:, None], -math.inf)
     total = torch.logaddexp(torch.logsumexp(read, -1), tail_lse)
     running.costs[layer].mass += float(torch.exp(total - everything).mean((0, 1)).sum())

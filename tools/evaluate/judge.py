@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple
 
-from kvdb.codecs import RecordCodec
+from kvdb.codecs import RAW, CodecPlan
 from kvdb.errors import InvalidInput
-from kvdb.geometry import CHUNK_TOKENS
+from kvdb.geometry import CHUNK_TOKENS, Geometry, LayerGroup
 from kvdb.runtime.identity import dtype_name, text_config
 from kvdb.runtime.selection import DENSE_BELOW, Selector, StopRule
 from kvdb.tools.evaluate.forward import Cost, Outcome, Selecting, forward
 from kvdb.tools.evaluate.greedy import Feed, agreeing, greedy
 from kvdb.tools.evaluate.measure import distance
 from kvdb.tools.evaluate.needles import ANSWER_TOKENS, DEPTHS, Needle, needle
-from kvdb.tools.evaluate.past import EXACT, Past
+from kvdb.tools.evaluate.past import Past
 from kvdb.tools.evaluate.report import Answered, LayerCost, Quality, Report, Row
 from kvdb.tools.evaluate.texts import text_ids
 from kvdb.tools.models import LoadedModel
@@ -60,7 +60,7 @@ class Trial:
     needles: int
     seed: int
     chunk_tokens: int = CHUNK_TOKENS
-    codecs: dict[str, RecordCodec] = field(default_factory=lambda: {"raw": EXACT})
+    codecs: dict[str, CodecPlan] = field(default_factory=lambda: {"raw": RAW})
 
     def __post_init__(self) -> None:
         if not 1 <= self.chunk_tokens <= DENSE_BELOW // 2:
@@ -82,9 +82,15 @@ class Trial:
         for tokens in self.tokens:
             if context is not None and tokens > context:
                 raise InvalidInput(f"--tokens {tokens}: expected at most {context}, the model's context")
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = config.num_attention_heads
+        group = LayerGroup(
+            layers=tuple(range(config.num_hidden_layers)),
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+        geometry = Geometry(dtype=dtype_name(model.dtype), chunk_tokens=self.chunk_tokens, groups=(group,))
         for codec in self.codecs.values():
-            codec.check(self.chunk_tokens, head_dim, dtype_name(model.dtype))
+            codec.grouped(geometry)  # refuses what does not fit
 
     @property
     def configurations(self) -> list[Configuration]:
@@ -184,16 +190,16 @@ def _judge_text(
 
 def _costs(past: Past, outcome: Outcome, positions: int) -> dict[str, Any]:
     """Per position, of all selecting layers together and of each."""
-    records, record_bytes, costs = past.records, past.record_bytes, outcome.costs
+    records, costs = past.records, outcome.costs
 
     def mean(of: Callable[[Cost], float]) -> float:
         return sum(of(cost) for cost in costs.values()) / positions
 
-    kv_bytes = sum(record_bytes[layer] * cost.records for layer, cost in costs.items()) / positions
+    kv_bytes = mean(lambda c: c.kv_bytes)
     return {
         "mass": mean(lambda c: c.mass) / len(costs),
         "mass_estimated": sum(cost.estimate / cost.estimates for cost in costs.values()) / len(costs),
-        "kv_share": kv_bytes / sum(record_bytes[layer] * count for layer, count in records.items()),
+        "kv_share": kv_bytes / sum(map(past.stored_bytes, costs)),
         "kv_bytes": kv_bytes,
         "abstract_bytes": mean(lambda c: c.abstract_bytes),
         "evaluated": mean(lambda c: c.evaluated),

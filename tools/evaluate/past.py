@@ -1,21 +1,22 @@
 """KV of a text, in memory: computed once with dense attention, shared by every configuration that is judged.
 
-What a codec does to it is judged as a store would do it: whole chunks are encoded and decoded, the tail after them stays as it is.
+What a codec does to it is judged as a store would do it: whole chunks are encoded and decoded, one by one. The first of a text, on
+which every position rests attention, and the tail after the last stay as they are.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvdb.abstracts import ABSTRACTS
-from kvdb.codecs import Raw, RecordCodec
+from kvdb.codecs import RAW, CodecPlan, RecordCodec
 from kvdb.errors import Unsupported
 from kvdb.geometry import div_ceil
 from kvdb.runtime.identity import dtype_name
@@ -24,20 +25,19 @@ from kvdb.runtime.staging import storage_view
 from kvdb.tools.evaluate.oracle import KEYS
 
 BLOCK_TOKENS = 1024
-EXACT: Final = RecordCodec(Raw(), Raw())
 
 
 @dataclass(frozen=True, slots=True)
 class Past:
     """KV of the first `tokens` tokens of a text. Never changed: `begun` hands out caches that go on from here.
 
-    codec  of its whole chunks, see `through`
+    codec  of its whole chunks but the first, see `through`
     """
 
     cache: Cache
     tokens: int
     chunk_tokens: int
-    codec: RecordCodec = EXACT
+    codec: CodecPlan = RAW
 
     @classmethod
     def of(cls, model: nn.Module, ids: list[int], chunk_tokens: int) -> Past:
@@ -58,14 +58,14 @@ class Past:
                 model(input_ids=block, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cls(cache, len(ids), chunk_tokens)
 
-    def through(self, codec: RecordCodec) -> Past:
+    def through(self, codec: CodecPlan) -> Past:
         """The same text from a store of that codec. Chunks that have begun to leave a window stay as they are: the rest is not known.
 
         raises  InvalidInput for parameters that do not fit; NotFinite for numbers that a codec cannot keep
         """
         layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer in layers:
-            _recode(layer, codec, self.tokens, self.chunk_tokens)
+        for index, layer in enumerate(layers):
+            _recode(layer, codec.of(index), self.tokens, self.chunk_tokens)
         return replace(self, cache=Cache(layers=layers), codec=codec)
 
     @property
@@ -83,7 +83,8 @@ class Past:
         return Cache(layers=[copy.copy(layer) for layer in self.cache.layers])
 
     def resident(self, selector: Selector) -> dict[int, Resident]:
-        """Every selecting layer's abstracts as a store would make them, in the selector's form."""
+        """Every selecting layer's abstracts as a store would make them, in the selector's form; those `of_blocks` as of a text that is
+        stored in one piece."""
         return {layer: self._resident(selector, layer) for layer in self.layers}
 
     def _resident(self, selector: Selector, layer: int) -> Resident:
@@ -103,20 +104,25 @@ class Past:
                 loaded[name] = ABSTRACTS[name].load(stored[:planes], head_dim, dtype)
         return selector.prepare(loaded, self.chunk_tokens, head_dim)
 
-    @property
-    def record_bytes(self) -> dict[int, int]:
-        """Of each selecting layer, stored bytes of K and V of one KV head's part of a chunk."""
-        return {layer: self._record_bytes(layer) for layer in self.layers}
+    def record_bytes(self, layer: int) -> Tensor:
+        """Stored bytes of K and V of one KV head's part of each chunk: (chunks,) int64."""
+        cached: Any = self.cache.layers[layer]
+        first, later = (
+            plan.of(layer).row_bytes(self.chunk_tokens, cached.keys.shape[3], dtype_name(cached.keys.dtype))
+            for plan in (RAW, self.codec)
+        )
+        sizes = torch.full((self.chunks,), later)
+        sizes[:1] = first
+        return sizes
+
+    def stored_bytes(self, layer: int) -> int:
+        """Of a layer's whole chunks, all KV heads together: of a window, too, every chunk is stored."""
+        return int(self.cache.layers[layer].keys.shape[1]) * int(self.record_bytes(layer).sum())
 
     @property
     def token_bytes(self) -> float:
-        """Stored bytes of KV of one token, all layers together: of windows, too, every token is stored."""
-        layers: list[Any] = self.cache.layers
-        return sum(layer.keys.shape[1] * self._record_bytes(i) for i, layer in enumerate(layers)) / self.chunk_tokens
-
-    def _record_bytes(self, layer: int) -> int:
-        cached: Any = self.cache.layers[layer]
-        return self.codec.row_bytes(self.chunk_tokens, cached.keys.shape[3], dtype_name(cached.keys.dtype))
+        """Stored bytes of KV of one token of whole chunks, on average, all layers together."""
+        return sum(map(self.stored_bytes, range(len(self.cache.layers)))) / (self.chunks * self.chunk_tokens)
 
     @property
     def records(self) -> dict[int, int]:
@@ -125,10 +131,10 @@ class Past:
 
 
 def _recode(layer: Any, codec: RecordCodec, tokens: int, chunk_tokens: int) -> None:
-    """Encode and decode the chunks that a layer of a cache holds whole. Tensors it held before stay as they are."""
+    """Encode and decode the chunks that a layer of a cache holds whole, but the first of the text. Tensors it held before stay as they are."""
     keys, values = layer.keys.clone(), layer.values.clone()  # [1, kv_heads, tokens, head_dim]
     position = tokens - keys.shape[2]  # of the first token held
-    first, last = div_ceil(position, chunk_tokens), tokens // chunk_tokens
+    first, last = max(1, div_ceil(position, chunk_tokens)), tokens // chunk_tokens
     if first >= last:
         return
     span, dtype = slice(first * chunk_tokens - position, last * chunk_tokens - position), dtype_name(keys.dtype)

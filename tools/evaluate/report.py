@@ -29,7 +29,7 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     same_greedy              greedy tokens until the first that dense attention would not have said; at most `greedy_tokens`
     mass                     true share of attention mass, over KV as stored, that was read, estimates not counted; mean over layers and heads
     mass_estimated           the same as the runtime estimates it, at every so many-th position
-    token_bytes              stored KV of one token, all layers together
+    token_bytes              stored KV of one token, all layers together: mean over what is stored, its exact first chunk included
     token_share              of what that is in the KV dtype
     kv_share, kv_bytes       of the stored KV of the selecting layers, read at one position
     abstract_bytes           abstract bytes read at one position, to score and to estimate
