@@ -49,6 +49,11 @@ def evaluate(
     budgets = budgets or ([] if thresholds or masses or certified else [*DEFAULT_BUDGETS])
     limits = [parse_budget(budget) for budget in budgets]
     parsed = [CodecPlan.parse(codec) for codec in codecs or [DEFAULT_CODEC]]
+    for plan in parsed:
+        if not plan.by_record:
+            raise InvalidInput(
+                f"--codec {plan}: loses nothing, expected one whose loss can be measured; 'kvdb.tools.bench.codecs' has its size"
+            )
     for option, file in (("--stats", stats), ("--plot", plot)):
         if file is not None and not file.parent.is_dir():
             raise InvalidInput(f"{option} {file}: no folder {file.parent}, expected an existing one")
