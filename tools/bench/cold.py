@@ -10,7 +10,6 @@ fio does not: all that is part of what is measured. Before each run the file is 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from rich.table import Table
 from kvdb import KVDB, format
 from kvdb.reader import READERS
 from kvdb.segments import Segment
+from kvdb.tools.bench.capped import force_out
 from kvdb.tools.bench.setup import median, write_result
 from kvdb.tools.bench.synthetic import file_system, geometry, ids, noise, scratch, seconds, store
 
@@ -76,10 +76,10 @@ def _measure(path: Path, kib: int, mib: int, rounds: int, batches: int) -> Itera
     fio: list[float] = []
     for number in range(rounds):
         for name, taken in speeds.items():
-            _make_cold(shard)
+            force_out([shard])
             with KVDB.open(path, "r", read_mode=name, verify="never") as db:
                 taken.append(_records_per_second(db, segment, depth, number, batches))
-        _make_cold(shard)
+        force_out([shard])
         fio.append(_fio(shard, kib, depth))
     for name, taken in speeds.items():
         yield {
@@ -99,14 +99,6 @@ def _records_per_second(db: KVDB, segment: Segment, depth: int, seed: int, batch
         return depth * batches / sum(seconds(lambda: reader.read(segment, *what, out)) for what in wanted)  # noqa: B023
     finally:
         reader.close()
-
-
-def _make_cold(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
 
 
 def _fio(path: Path, kib: int, depth: int) -> float:

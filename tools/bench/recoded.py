@@ -3,12 +3,13 @@
     python -m kvdb.tools.bench.recoded --tokens 7000 --threads 1
 
 The context is prefilled once; each store is a copy of it, stored anew with its codec. Cold: maps are closed and the files forced out of the
-page cache before each step, and abstracts stay in memory, as they do while decoding.
+page cache before each step, and abstracts stay in memory, as they do while decoding. Where control groups allow it, cold steps run under a memory
+limit as well, of so much of the raw KV's bytes.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 import tempfile
 import time
@@ -22,7 +23,9 @@ from rich.table import Table
 
 from kvdb import KVDB, format
 from kvdb.codecs import CodecPlan
+from kvdb.errors import Unsupported
 from kvdb.runtime import KVDBCache, attach
+from kvdb.tools.bench.capped import force_out, memory_cap
 from kvdb.tools.bench.setup import document_ids, median, real_model, write_result
 
 CODECS = ("raw", "int8", "int4", "int2", "planes:bits=6+int8", "planes")
@@ -34,6 +37,7 @@ def run(
     turns: Annotated[int, typer.Option(help="how often codecs take turns")] = 5,
     steps: Annotated[int, typer.Option(help="measured steps of each codec in a turn, warm and cold")] = 5,
     threads: Annotated[int, typer.Option(help="torch threads")] = 1,
+    share: Annotated[float, typer.Option(help="of the raw KV's bytes: memory for cold steps")] = 0.3,
     folder: Annotated[
         Path | None, typer.Option(help="where the stores lie; the system's temporary folder by default")
     ] = None,
@@ -46,13 +50,17 @@ def run(
         paths = _stores(Path(place), loaded.model, ids)
         warm: dict[str, list[float]] = {codec: [] for codec in CODECS}
         cold: dict[str, list[float]] = {codec: [] for codec in CODECS}
+        limit = int(share * _bytes(paths["raw"]))
+        capped = _may_cap(limit)
         for _ in range(turns):
             for codec, path in paths.items():
                 with KVDB.open(path, "r") as db, attach(loaded.model, db, budget=budget, codec=codec) as kv:
                     cache = kv.cache(ids)
                     _step(loaded.model, cache, ids)  # loads abstracts
                     warm[codec] += [_step(loaded.model, cache, ids) for _ in range(steps)]
-                    cold[codec] += [_cold_step(loaded.model, cache, ids, path) for _ in range(steps)]
+                    with memory_cap(limit) if capped else contextlib.nullcontext():
+                        cold[codec] += [_cold_step(loaded.model, cache, ids, path) for _ in range(steps)]
+                        cache._reader.close()
         sizes = {codec: _bytes(path) for codec, path in paths.items()}
     rows: list[dict[str, Any]] = [
         {
@@ -77,7 +85,23 @@ def run(
             f"{r['cold_ratio']:.2f}",
         )  # fmt: skip
     Console().print(table)
-    write_result("recoded", {"tokens": tokens, "budget": budget, "turns": turns, "steps": steps, "rows": rows})
+    told = {
+        "tokens": tokens,
+        "budget": budget,
+        "turns": turns,
+        "steps": steps,
+        "limit_bytes": limit if capped else None,
+    }
+    write_result("recoded", {**told, "rows": rows})
+
+
+def _may_cap(limit: int) -> bool:
+    try:
+        with memory_cap(limit):
+            return True
+    except Unsupported as e:
+        Console().print(f"recoded: cold steps without a limit; {e}")
+        return False
 
 
 def _stores(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Path]:
@@ -102,12 +126,7 @@ def _step(model: Any, cache: KVDBCache, ids: torch.Tensor) -> float:
 
 def _cold_step(model: Any, cache: KVDBCache, ids: torch.Tensor, path: Path) -> float:
     cache._reader.close()  # opens its files again when it needs them
-    for shard in _shards(path):
-        fd = os.open(shard, os.O_RDONLY)
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
+    force_out(_shards(path))
     return _step(model, cache, ids)
 
 
