@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
@@ -315,15 +315,18 @@ def mmap(fd: int, size: int) -> _mmap.mmap:
         raise
 
 
-def resident(map_: _mmap.mmap, offset: int, length: int) -> bool:
-    """Whether part of a map, from the beginning of a page on, is in the page cache, all of it; False where the system cannot tell."""
-    pages = np.zeros(-(-length // _mmap.PAGESIZE), np.uint8)
-    address = np.frombuffer(map_, np.uint8).ctypes.data + offset
+def resident_pages(map_: _mmap.mmap, offset: int, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which of `count` pages of a map, from the one at `offset` on, are in the page cache; none where the system cannot tell."""
+    pages = np.zeros(count, np.uint8)
+    address, length = (
+        np.frombuffer(map_, np.uint8).ctypes.data + offset,
+        min(count * _mmap.PAGESIZE, len(map_) - offset),
+    )
     if not hasattr(_LIBC, "mincore") or _LIBC.mincore(
-        ctypes.c_void_p(address), ctypes.c_size_t(length), pages.ctypes.data_as(ctypes.c_void_p)
+        ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data)
     ):
-        return False
-    return bool((pages & 1).all())
+        return np.zeros(count, bool)
+    return (pages & 1).astype(bool)
 
 
 def major_faults() -> int:

@@ -13,10 +13,12 @@ accept a cache of another prompt. At the end everything is put back.
 from __future__ import annotations
 
 import functools
+import os
 import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -36,6 +38,7 @@ from kvdb.runtime.cache import KVDBCache, Prefix, expect_exact_keys
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
 from kvdb.runtime.prefill import PrefillProgress, prefill
 from kvdb.runtime.selection import DEFAULT_SELECTOR, SELECTORS, Budget, Certified, Mass, Selector, StopRule, Threshold
+from kvdb.runtime.timeline import Trace
 from kvdb.segments import Segment
 from kvdb.store import KVDB, Match
 
@@ -55,6 +58,7 @@ def attach(
     fidelity: str = EXACT,
     selector: str | Selector = DEFAULT_SELECTOR,
     codec: str | CodecPlan = RAW,
+    trace: str | os.PathLike[str] | None = None,
 ) -> Attachment:
     """Join a causal language model of transformers to a store. A context manager.
 
@@ -68,6 +72,7 @@ def attach(
     fidelity  "exact" reuses only KV that dense attention computed and nothing lossy stored, but for `codec`; "any" all there is
     codec     what new KV is stored with, such as "int4", "planes:bits=6+int8" or "small": see `kvdb.codecs`. KV that dense attention
               computed and this very codec stored is reused like exact KV
+    trace     a file, written at the end of the 'with' block: each stage of each step and layer as a time line, in Chrome's trace format
     raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
     """
     given = {"budget": budget, "threshold": threshold, "mass": mass, "certified": certified, "exact": exact or None}
@@ -95,7 +100,12 @@ def attach(
         raise InvalidInput(f"attach: codec is {codec!r}, expected a name such as 'int4', or a CodecPlan")
     if isinstance(rule, Certified):
         expect_exact_keys(plan)
-    return Attachment(model, db, rule=rule, fidelity=fidelity, selector=selector, codec=plan)
+    if trace is not None and not Path(trace).absolute().parent.is_dir():
+        raise InvalidInput(
+            f"attach: trace is {os.fspath(trace)!r}, in a folder that does not exist, expected an existing one"
+        )
+    traced = None if trace is None else Path(trace).absolute()
+    return Attachment(model, db, rule=rule, fidelity=fidelity, selector=selector, codec=plan, trace=traced)
 
 
 class Attachment:
@@ -110,7 +120,9 @@ class Attachment:
         fidelity: str,
         selector: Selector,
         codec: CodecPlan = RAW,
+        trace: Path | None = None,
     ) -> None:
+        self._trace, self._traced = trace, None if trace is None else Trace()
         self.model, self.db, self.rule, self.fidelity, self.selector = model, db, rule, fidelity, selector
         self.codec = codec
         self.config = text_config(model)
@@ -158,6 +170,8 @@ class Attachment:
         stack, self._stack = self._stack, None
         if stack is not None:
             stack.close()
+        if self._trace is not None and self._traced is not None:
+            self._traced.write(self._trace)
 
     def _close_caches(self) -> None:
         for cache in list(self._caches):
@@ -331,6 +345,7 @@ class Attachment:
             selector=self.selector,
             codec=self.codec,
             model_label=str(getattr(self.config, "_name_or_path", "") or self.config.model_type),
+            trace=self._traced,
         )
         self._caches.add(cache)
         return cache

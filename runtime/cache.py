@@ -28,6 +28,7 @@ from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail
 from kvdb.runtime.metrics import Metrics
 from kvdb.runtime.selection import DENSE_BELOW, Certified, Estimate, Forced, Plan, Scores, Selector, StopRule
 from kvdb.runtime.staging import Staging
+from kvdb.runtime.timeline import Timeline, Trace
 from kvdb.segments import Segment, codecs_of
 from kvdb.store import KVDB
 
@@ -65,11 +66,12 @@ class KVDBCache(Cache):
         selector: Selector,
         codec: CodecPlan,
         model_label: str,
+        trace: Trace | None = None,
     ) -> None:
         """identify: the model's identity as it is now. windows: of layers that have one. rule: None is exact."""
         self.db, self.identity, self.geometry, self.dtype = db, identity, geometry, dtype
         self.rule, self.selector, self._identify = rule, selector, identify
-        self.metrics = Metrics()
+        self.metrics, self.timeline = Metrics(), Timeline(trace)
         self.forced = Forced.of(geometry.chunk_tokens)
         self.writes = not db.readonly
         self.expected_tokens = 0
@@ -79,7 +81,17 @@ class KVDBCache(Cache):
         self._reader = db.reader()
         self._staging = Staging(dtype, device, decoder_on(device))
         self.rows = [
-            History(db, identity, geometry, self._reader, self._staging, tuple(selector.abstracts), codec, model_label)
+            History(
+                db,
+                identity,
+                geometry,
+                self._reader,
+                self._staging,
+                tuple(selector.abstracts),
+                codec,
+                model_label,
+                self.timeline,
+            )
             for _ in range(batch)
         ]
         self._let_go = weakref.finalize(self, _let_go, self.rows, self._reader)
@@ -126,9 +138,15 @@ class KVDBCache(Cache):
         return len(self.rows[0].tokens)
 
     def stats(self) -> dict[str, Any]:
-        """Counters of this cache so far (see Metrics) and what the store holds of it, JSON-safe."""
+        """Counters of this cache so far (see Metrics), seconds by stage (`kvdb.runtime.timeline.STAGES`), bytes of KV that were asked for
+        and were not in memory, and what the store holds of it, JSON-safe."""
         self.metrics.abstract_bytes_resident = sum(row.resident_bytes for row in self.rows)
-        return {**self.metrics.as_dict(), "kv_bytes_stored": sum(row.stored_bytes() for row in self.rows)}
+        return {
+            **self.metrics.as_dict(),
+            "kv_bytes_fetched": self._reader.bytes_fetched,
+            "kv_bytes_stored": sum(row.stored_bytes() for row in self.rows),
+            "stage_seconds": dict(self.timeline.seconds),
+        }
 
     # -- restoring
 
@@ -137,6 +155,10 @@ class KVDBCache(Cache):
 
         raises  Damaged when a file is missing or short; Unsupported where keys are not what a certificate needs
         """
+        with self.timeline.span("restore"):
+            self._restore(prefixes)
+
+    def _restore(self, prefixes: list[Prefix]) -> None:
         if isinstance(self.rule, Certified):
             for segment in (segment for prefix in prefixes for segment in prefix.segments):
                 expect_exact_keys(CodecPlan.of_groups(segment.info.geometry, codecs_of(segment.info)))
@@ -194,6 +216,7 @@ class KVDBCache(Cache):
         self._broken = "an earlier forward pass failed half-way"
         self._bytes_before = self._reader.bytes_read
         self._choose(queries)
+        self._stepping = self.timeline.span("step").__enter__()
 
     def _choose(self, queries: int) -> None:
         """Selection is decided once per step, so that all its layers agree on the fidelity of the new tokens."""
@@ -229,6 +252,7 @@ class KVDBCache(Cache):
         self._active = False
         if failed:
             return
+        self._stepping.__exit__(None, None, None)
         for row, ids in zip(self.rows, self._coming, strict=True):
             row.tokens.extend(ids)
         read = self._reader.bytes_read - self._bytes_before

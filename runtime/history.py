@@ -27,6 +27,7 @@ from kvdb.runtime.gather import Lent
 from kvdb.runtime.selection import Resident, Selector
 from kvdb.runtime.staging import Array, Coded, Staging, storage_view
 from kvdb.runtime.streaming import WriteBehind
+from kvdb.runtime.timeline import Timeline
 from kvdb.segments import Segment, SegmentWriter, codec_of, payload_bytes, row_bytes
 from kvdb.store import KVDB
 
@@ -72,16 +73,17 @@ class History:
         abstracts: tuple[str, ...],
         codec: CodecPlan,
         model_label: str,
+        timeline: Timeline,
     ) -> None:
         self.db, self.identity, self.geometry = db, identity, geometry
         self.abstracts, self.codec, self.model_label = abstracts, codec, model_label
         self.tokens: list[int] = []
         self._fidelities: list[tuple[int, str]] = [(0, EXACT)]  # from a position on, how KV is computed
-        self._reader, self._staging = reader, staging
+        self._reader, self._staging, self._timeline = reader, staging, timeline
         groups = {layer: geometry.groups[geometry.locate(layer)[0]] for layer in geometry.layers}
         self._heads = {layer: np.arange(group.kv_heads)[:, None] for layer, group in groups.items()}
         self._dims = {layer: group.head_dim for layer, group in groups.items()}
-        self._behind = WriteBehind()
+        self._behind = WriteBehind(timeline)
         self._sealed: list[Part] = []
         self._last: Segment | None = None  # holds the last stored token; may hold no whole chunk of this sequence
         self.stored_tokens = 0
@@ -199,8 +201,10 @@ class History:
             inside = asked & (wanted >= part.first) & (wanted < part.stop)
             starts = np.concatenate(([0], np.cumsum(inside.sum(1))))
             if starts[-1]:
-                records = ((wanted - part.first) * heads + self._heads[layer])[inside]
-                yield self._lent(part.segment, layer, records, starts), inside
+                with self._reading(layer):
+                    records = ((wanted - part.first) * heads + self._heads[layer])[inside]
+                    lent = self._lent(part.segment, layer, records, starts)
+                yield lent, inside
 
     def _lent(self, segment: Segment, layer: int, records: Array, starts: Array) -> Lent:
         ct, dim = self.geometry.chunk_tokens, self._dims[layer]
@@ -257,8 +261,18 @@ class History:
 
     def _read_records(self, parts: list[Part], layer: int, chunks: Array, of_heads: Array) -> Tensor:
         """Chunk chunks[i] of KV head of_heads[i], for every i: (2, n, chunk_tokens, head_dim), K first."""
-        shape = (2, len(chunks), self.geometry.chunk_tokens, self._dims[layer])
-        shares = list(self._shares(parts, layer, chunks, of_heads))
+        with self._reading(layer):
+            return self._read_shares(list(self._shares(parts, layer, chunks, of_heads)), layer, len(chunks))
+
+    @contextlib.contextmanager
+    def _reading(self, layer: int) -> Iterator[None]:
+        before = self._reader.bytes_read
+        with self._timeline.span("read", layer) as span:
+            yield
+            span.bytes = self._reader.bytes_read - before
+
+    def _read_shares(self, shares: list[Share], layer: int, records: int) -> Tensor:
+        shape = (2, records, self.geometry.chunk_tokens, self._dims[layer])
         if self._staging.decodes(self._codec(share.segment, layer) for share in shares):
             return self._staging.read_coded(shape, [self._coded(share, layer, shape) for share in shares])
 
@@ -310,19 +324,24 @@ class History:
         done, have = self._resident.get(layer, (0, ()))
         if done < chunks:
             self._behind.wait(layer)
-            made = [have] if done else []
-            for part in self._parts(layer):
-                if part.stop > done:
-                    fresh = slice(max(0, done - part.first), part.chunks)
-                    stored = {
-                        name: self._abstract(part, layer, name, planes, fresh)
-                        for name, planes in selector.abstracts.items()
-                    }
-                    prepared = selector.prepare(stored, self.geometry.chunk_tokens, self._dims[layer])
-                    made.append(tuple(t.to(self._staging.device) for t in prepared))
-            have = made[0] if len(made) == 1 else selector.join(made)
+            with self._timeline.span("abstracts", layer):
+                have = self._loaded(layer, selector, done, have)
             self._resident[layer] = chunks, have
         return have
+
+    def _loaded(self, layer: int, selector: Selector, done: int, have: Resident) -> Resident:
+        """Abstracts of the first `done` chunks of a layer, and those of all that came after them."""
+        made = [have] if done else []
+        for part in self._parts(layer):
+            if part.stop > done:
+                fresh = slice(max(0, done - part.first), part.chunks)
+                stored = {
+                    name: self._abstract(part, layer, name, planes, fresh)
+                    for name, planes in selector.abstracts.items()
+                }
+                prepared = selector.prepare(stored, self.geometry.chunk_tokens, self._dims[layer])
+                made.append(tuple(t.to(self._staging.device) for t in prepared))
+        return made[0] if len(made) == 1 else selector.join(made)
 
     def _abstract(self, part: Part, layer: int, name: str, planes: int | None, chunks: slice) -> Array:
         """An abstract of some chunks of a part, as `Reader.abstract` gives it; made from the keys where none is stored."""
@@ -438,9 +457,10 @@ class History:
             return
         ids = np.asarray(self.tokens, "<u4")
         try:
-            segment, self._recorded = self.db.commit(
-                writer, ids[start : start + tokens], model=self.model_label, replaces=self._recorded
-            )
+            with self._timeline.span("commit"):
+                segment, self._recorded = self.db.commit(
+                    writer, ids[start : start + tokens], model=self.model_label, replaces=self._recorded
+                )
         except BaseException:
             self.discard()
             raise

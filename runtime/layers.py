@@ -219,16 +219,18 @@ class FullLayer(_FixedShape, DynamicLayer):
         k, v = tail.k[b], tail.v[b]
         if cache.take is not None:
             return self._attend_selected(row, q, k, v, scale, cache.take)
-        before = tail.length - q.shape[2]
-        parts = [attend(q, k[:, before:], v[:, before:], scale=scale, causal=q.shape[2] > 1)]
-        if before:
-            parts.append(attend(q, k[:, :before], v[:, :before], scale=scale))
-        whole = merge(parts)
-        chunks = row.chunks(self.stored.index)
+        before, index, span = tail.length - q.shape[2], self.stored.index, cache.timeline.span
+        with span("tail", index):
+            parts = [attend(q, k[:, before:], v[:, before:], scale=scale, causal=q.shape[2] > 1)]
+            if before:
+                parts.append(attend(q, k[:, :before], v[:, :before], scale=scale))
+            whole = merge(parts)
+        chunks = row.chunks(index)
         step = TILE_TOKENS // cache.geometry.chunk_tokens
         for start in range(0, chunks, step):
-            tile_k, tile_v = row.read(self.stored.index, start, min(start + step, chunks))
-            whole = merge([whole, attend(q, tile_k, tile_v, scale=scale)])
+            tile_k, tile_v = row.read(index, start, min(start + step, chunks))
+            with span("attend", index):
+                whole = merge([whole, attend(q, tile_k, tile_v, scale=scale)])
         return whole.out.to(q.dtype)
 
     def _attend_selected(
@@ -248,10 +250,12 @@ class FullLayer(_FixedShape, DynamicLayer):
             return _record_lse(exact_query, k, cache.geometry.chunk_tokens)
 
         tail_lse = torch.logsumexp(torch.bmm(exact_query, tail_k.float().transpose(1, 2)), -1)
-        resident = row.resident(index, cache.selector)
-        scores = cache.rule.score(cache.selector, exact_query, resident, take)
-        chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, read)
-        estimate = cache.selector.estimate(exact_query, resident, scores, chosen)
+        resident, span = row.resident(index, cache.selector), cache.timeline.span
+        with span("score", index):
+            scores = cache.rule.score(cache.selector, exact_query, resident, take)
+            chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, read)
+        with span("estimate", index):
+            estimate = cache.selector.estimate(exact_query, resident, scores, chosen)
         cache.note_scores(scores, chosen, estimate)
         beside = None if estimate is None else Partial(estimate.out[:, :, None], estimate.lse[..., None])
         if chosen.counts is not None:
@@ -262,25 +266,31 @@ class FullLayer(_FixedShape, DynamicLayer):
             if cache.sampling:
                 lse = _record_lse(exact_query, k, cache.geometry.chunk_tokens)
                 cache.note_mass(covered_mass(scores, chosen, lse, tail_lse))
-        return attend_one(query, [*parts, (tail_k, tail_v)], beside)
+        with span("attend", index):
+            return attend_one(query, [*parts, (tail_k, tail_v)], beside)
 
     def _gather(self, row: History, query: Tensor, tail_k: Tensor, tail_v: Tensor, take: int) -> Tensor:
         """The same where loops can be compiled: stored records are attended to where they lie."""
         cache, index = self.stored.cache, self.stored.index
         assert cache.rule is not None
-        running = Gather(query, cache.geometry.dtype)
-        running.add(Lent.of_tail(tail_k, tail_v))
-        tail_lse, resident = running.lse, row.resident(index, cache.selector)
-        scores = cache.rule.score(cache.selector, query, resident, take)
-        chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, _reads_nothing)
-        estimate = cache.selector.estimate(query, resident, scores, chosen)
+        span, running = cache.timeline.span, Gather(query, cache.geometry.dtype)
+        with span("tail", index):
+            running.add(Lent.of_tail(tail_k, tail_v))
+            tail_lse = running.lse
+        resident = row.resident(index, cache.selector)
+        with span("score", index):
+            scores = cache.rule.score(cache.selector, query, resident, take)
+            chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, _reads_nothing)
+        with span("estimate", index):
+            estimate = cache.selector.estimate(query, resident, scores, chosen)
         cache.note_scores(scores, chosen, estimate)
         measured = np.empty((*chosen.chunks.shape, query.shape[1]), np.float32) if cache.sampling else None
         for part, places in row.lend(index, chosen.chunks, chosen.counts):
-            if measured is None:
-                running.add(part)
-            else:
-                measured[places] = running.add_measured(part)
+            with span("attend", index):
+                if measured is None:
+                    running.add(part)
+                else:
+                    measured[places] = running.add_measured(part)
         if measured is not None and chosen.counts is None:
             lse = torch.from_numpy(measured).movedim(-1, 1)
             cache.note_mass(covered_mass(scores, chosen, lse, tail_lse))
@@ -295,12 +305,13 @@ class FullLayer(_FixedShape, DynamicLayer):
         assert chosen.counts is not None
         read = row.select_each(self.stored.index, chosen.chunks, chosen.counts)
         out = []
-        for head, (k, v) in enumerate(read):
-            this = slice(head, head + 1)
-            parts = [(k[None], v[None]), (tail_k[this], tail_v[this])]
-            of_head = None if beside is None else Partial(beside.out[this], beside.lse[this])
-            out.append(attend_one(query[this], parts, of_head))
-        return torch.cat(out)
+        with self.stored.cache.timeline.span("attend", self.stored.index):
+            for head, (k, v) in enumerate(read):
+                this = slice(head, head + 1)
+                parts = [(k[None], v[None]), (tail_k[this], tail_v[this])]
+                of_head = None if beside is None else Partial(beside.out[this], beside.lse[this])
+                out.append(attend_one(query[this], parts, of_head))
+            return torch.cat(out)
 
     def offload(self) -> None:
         """Nothing to do: stored KV is on disk already."""

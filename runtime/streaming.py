@@ -13,11 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from kvdb import forks
 from kvdb.errors import InvalidInput
+from kvdb.runtime.timeline import Timeline
 
 
 class WriteBehind:
-    def __init__(self, depth: int = 4) -> None:
-        self._depth = depth
+    def __init__(self, timeline: Timeline, depth: int = 4) -> None:
+        self._timeline, self._depth = timeline, depth
         self._pending: deque[tuple[int, Future[None]]] = deque()
         self._pool: ThreadPoolExecutor | None = None  # no thread before the first write
         self._failed: BaseException | None = None
@@ -37,7 +38,7 @@ class WriteBehind:
             self._finish_oldest()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvdb-write")
-        self._pending.append((layer, self._pool.submit(self._guarded, write)))
+        self._pending.append((layer, self._pool.submit(self._guarded, layer, write)))
 
     def wait(self, layer: int | None = None) -> None:
         """Return once all writes of `layer` (or of every layer) are done."""
@@ -71,16 +72,20 @@ class WriteBehind:
         if self._pool is not None:
             self._pool.shutdown(wait=False)
 
-    def _guarded(self, write: Callable[[], None]) -> None:
+    def _guarded(self, layer: int, write: Callable[[], None]) -> None:
         if self._failed is None:
             try:
-                write()
+                with self._timeline.span("write", layer):
+                    write()
             except BaseException as e:
                 self._failed = e
                 raise
 
     def _finish_oldest(self) -> None:
-        self._pending[0][1].exception()  # wait first: Ctrl-C while waiting must not lose a write that still runs
+        layer, oldest = self._pending[0]
+        if not oldest.done():
+            with self._timeline.span("wait", layer):
+                oldest.exception()  # wait first: Ctrl-C while waiting must not lose a write that still runs
         self._pending.popleft()[1].result()
         self._raise_failure()
 

@@ -93,6 +93,7 @@ def ask(
     opening: dict[str, Any],
     threads: int | None,
     stats: Path | None,
+    trace: Path | None,
     as_json: bool,
 ) -> None:
     """See `kvdb ask --help`.
@@ -119,8 +120,9 @@ def ask(
     plan = CodecPlan.parse(codec)
     text = read_document(document)
     _check_store(store)
-    if stats is not None and not stats.parent.is_dir():
-        raise InvalidInput(f"--stats {stats}: no folder {stats.parent}, expected an existing one")
+    for option, file in (("--stats", stats), ("--trace", trace)):
+        if file is not None and not file.parent.is_dir():
+            raise InvalidInput(f"{option} {file}: no folder {file.parent}, expected an existing one")
 
     console = stderr_console()
     chosen = _selector(selector, certified, console)
@@ -134,7 +136,7 @@ def ask(
     started = time.perf_counter()
     with (
         KVDB.open(store, **opening) as db,
-        attach(loaded.model, db, budget=limit, **shares, exact=exact, selector=chosen, codec=plan) as kv,
+        attach(loaded.model, db, budget=limit, **shares, exact=exact, selector=chosen, codec=plan, trace=trace) as kv,
     ):
         result, shown = _answer(kv, loaded, prompt, max_new_tokens, keep, console, as_json, started)
     if stats is not None:

@@ -183,6 +183,14 @@ def ask(
     ] = None,
     threads: Threads = None,
     stats: Stats = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write where the time went, by stage, layer and step, for chrome://tracing or Perfetto.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question about a document.
@@ -208,6 +216,7 @@ def ask(
         opening={"size_cap": size_cap, "durability": durability, "verify": verify, "read_mode": read_mode},
         threads=threads,
         stats=stats,
+        trace=trace,
         as_json=as_json,
     )
 

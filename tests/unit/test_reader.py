@@ -6,16 +6,19 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TWO_GROUPS, assert_healthy, extend, flip, model_kv, read_kv, token_list
+from helpers import TWO_GROUPS, Array, assert_healthy, extend, flip, model_kv, read_kv, token_list
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvdb import KVDB, files
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.geometry import as_float32
-from kvdb.reader import READERS, MmapReader, Reader, Verified
+from kvdb.reader import READERS, MmapReader, Reader, Verified, _resident, _runs
 from kvdb.segments import Segment, layout
 
 TOKENS = token_list(50)
@@ -138,17 +141,17 @@ def test_after_page_faults_the_kernel_is_asked_what_it_has(
     faults, asked, populated = 0, 0, 0
     real = files.populate
 
-    def resident(*_: object) -> bool:
+    def resident_pages(_: object, offset: int, count: int) -> Array:
         nonlocal asked
         asked += 1
-        return still_there
+        return np.full(count, still_there)
 
     def populate(*place: Any) -> None:
         nonlocal populated
         populated += 1
         real(*place)
 
-    monkeypatch.setattr(files, "resident", resident)
+    monkeypatch.setattr(files, "resident_pages", resident_pages)
     monkeypatch.setattr(files, "populate", populate)
     monkeypatch.setattr(files, "major_faults", lambda: faults)
     reader, counts = MmapReader(), []
@@ -160,7 +163,7 @@ def test_after_page_faults_the_kernel_is_asked_what_it_has(
         counts.append((asked > 0, populated > 0))
     reader.close()
     doubts = [(True, False)] * 3 + [(False, False)] * 3 if still_there else [(True, True)] * 6
-    assert counts == [(False, True)] + [(False, False)] * 3 + doubts
+    assert counts == [(True, True)] + [(False, False)] * 3 + doubts
 
 
 def test_the_kernel_knows_what_is_in_memory(tmp_path: Path) -> None:
@@ -169,11 +172,39 @@ def test_the_kernel_knows_what_is_in_memory(tmp_path: Path) -> None:
     try:
         os.ftruncate(fd, size)
         with files.mmap(fd, size) as map_:
-            assert not files.resident(map_, 0, size)
+            assert not files.resident_pages(map_, 0, size // mmap.PAGESIZE).any()
             files.populate(map_, mmap.PAGESIZE, 3 * mmap.PAGESIZE)
-            assert files.resident(map_, mmap.PAGESIZE, 2 * mmap.PAGESIZE + 1)
+            assert files.resident_pages(map_, mmap.PAGESIZE, 3).all()
     finally:
         os.close(fd)
+
+
+@given(
+    rows=st.sets(st.integers(0, 3000), min_size=1, max_size=40),
+    row=st.sampled_from([100, 4096, 5000, 20_000]),
+    seed=st.integers(0, 99),
+)
+def test_rows_are_in_memory_whose_pages_all_are(rows: set[int], row: int, seed: int) -> None:
+    """However far apart; and those that are not are told as runs that cover them and nothing more than the beginning of a page."""
+    there = np.random.default_rng(seed).random(3001 * row // mmap.PAGESIZE + 2) < 0.9
+    array: Any = SimpleNamespace(base=object(), row=row)
+    wanted = np.array(sorted(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            files,
+            "resident_pages",
+            lambda _, offset, count: there[offset // mmap.PAGESIZE : offset // mmap.PAGESIZE + count],
+        )
+        found = _resident(array, wanted)
+    for i, number in enumerate(wanted.tolist()):
+        first, last = number * row // mmap.PAGESIZE, ((number + 1) * row - 1) // mmap.PAGESIZE
+        assert found[i] == there[first : last + 1].all()
+    runs = _runs(wanted, row)
+    assert all(start % mmap.PAGESIZE == 0 for start, _ in runs)
+    covered = {n for n in range(3001) if any(start <= n * row and (n + 1) * row <= stop for start, stop in runs)}
+    assert rows <= covered
+    assert all(any(stop == (n + 1) * row for n in rows) for _, stop in runs)
+    assert len(runs) == sum(n + 1 not in rows for n in rows)
 
 
 def read_one(reader: Reader, segment: Segment) -> None:

@@ -13,13 +13,14 @@ from helpers import finish, python
 
 from kvdb.errors import StorageFull
 from kvdb.runtime.streaming import WriteBehind
+from kvdb.runtime.timeline import Timeline
 
 LONG_S = 60.0  # only reached when a test fails
 
 
 @pytest.fixture
 def behind() -> Iterator[WriteBehind]:
-    made = WriteBehind(depth=3)
+    made = WriteBehind(Timeline(), depth=3)
     yield made
     made.close()
 
@@ -193,7 +194,8 @@ def test_in_a_forked_child_going_on_is_an_error_and_closing_waits_for_nobody() -
 import os, threading
 from kvdb.errors import InvalidInput
 from kvdb.runtime.streaming import WriteBehind
-behind, gate, written = WriteBehind(), threading.Event(), []
+from kvdb.runtime.timeline import Timeline
+behind, gate, written = WriteBehind(Timeline()), threading.Event(), []
 behind.submit(0, gate.wait)
 behind.submit(1, lambda: written.append(1))
 pid = os.fork()
