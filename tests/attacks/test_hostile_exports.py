@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 from faults import coded
 from helpers import SMALL, assert_healthy, assert_reads_back, extend, flip, identity, opened, token_list, tree_bytes
 
 from kvdb import KVDB
-from kvdb.codecs import CODECS
+from kvdb.codecs import CODECS, CodecPlan
 from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, StorageFull
 
 TOKENS = token_list(100)
@@ -235,6 +236,98 @@ def test_every_codec_is_refused_in_place_of_another(tmp_path: Path, coded_member
     for name in CODECS.keys() - {spec["key"]["name"]}:
         refuse(tmp_path, write(tmp_path / "x.zip", with_spec(name, {})(coded_members)))
         (tmp_path / "x.zip").unlink()
+
+
+# -- of a sequence that is compressed in blocks
+
+
+@pytest.fixture(scope="module")
+def packed_members(tmp_path_factory: pytest.TempPathFactory) -> Members:
+    folder = tmp_path_factory.mktemp("export")
+    with opened(folder / "source") as db:
+        extend(db, TOKENS, name="n", geometry=SMALL, segment_tokens=64)
+        db.recode("n", CodecPlan.parse("blosc:tokens=32"))
+        db.export_sequence("n", folder / "good.zip")
+    with zipfile.ZipFile(folder / "good.zip") as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def with_blocks(blocks: object) -> Callable[[Members], Members]:
+    return told(lambda i: put(i["codec"]["config"]["groups"][0], "blocks", blocks))
+
+
+def first_block(change: Callable[[bytearray], object]) -> Callable[[Members], Members]:
+    """The file with a block of its second segment changed, under a checksum that is right."""
+
+    def do(members: Members) -> Members:
+        name = second(members)
+        data = bytearray(members[name])
+        places = struct.unpack_from("<8Q", data, len(data) - 4 - 64)
+        offset, size = places[0], places[1]
+        block = data[offset : offset + size - 4]
+        change(block)
+        data[offset : offset + size] = block + struct.pack("<I", google_crc32c.value(bytes(block)))
+        return {**members, name: bytes(data)}
+
+    return do
+
+
+def placed(number: int, value: int) -> Callable[[Members], Members]:
+    """The file with another number in a shard index, under a checksum that is right."""
+
+    def do(members: Members) -> Members:
+        name = second(members)
+        data = bytearray(members[name])
+        at = len(data) - 4 - 64
+        struct.pack_into("<Q", data, at + 8 * number, value)
+        data[-4:] = struct.pack("<I", google_crc32c.value(bytes(data[at:-4])))
+        return {**members, name: bytes(data)}
+
+    return do
+
+
+PACKED: dict[str, Callable[[Members], Members]] = {
+    "said to be stored one by one": told(lambda i: i["codec"]["config"]["groups"][0].pop("blocks")),
+    "said to be stored as it is": told(lambda i: put(i, "codec", {"name": "raw", "config": {}})),
+    "no sizes": told(lambda i: i.pop("packed")),
+    "a size less": told(lambda i: put(i, "packed", [])),
+    "a size of nothing": told(lambda i: put(i, "packed", [0])),
+    "a size of less than nothing": told(lambda i: put(i, "packed", [-1])),
+    "a huge size": told(lambda i: put(i, "packed", [1 << 62])),
+    "a size beyond 64 bits": told(lambda i: put(i, "packed", [1 << 70])),
+    "another size": told(lambda i: put(i, "packed", [i["packed"][0] - 8])),
+    "an unknown compressor": with_blocks({"name": "bz2", "config": {}}),
+    "a compressor with arguments": with_blocks({"name": "blosc", "config": {"cname": "lz4"}}),
+    "longer blocks": with_blocks({"name": "blosc", "config": {"clevel": 1, "tokens": 64}}),
+    "huge blocks": with_blocks({"name": "blosc", "config": {"clevel": 1, "tokens": 1 << 40}}),
+    "blocks of rounded rows": told(lambda i: i["codec"]["config"]["groups"][0].update(half_pair("int8", {}))),
+    "heads of many more channels": told(lambda i: put(i["geometry"]["groups"][0], "head_dim", 1 << 16)),
+    "a bomb": first_block(lambda block: block.__setitem__(slice(4, 8), struct.pack("<I", (1 << 31) - 1))),
+    "a block that says it is shorter": first_block(lambda block: block.__setitem__(slice(4, 8), struct.pack("<I", 16))),
+    "a block that says it is longer than it is": first_block(lambda block: block.__setitem__(slice(12, 16), struct.pack("<I", 1 << 30))),
+    "numbers of another size": first_block(lambda block: block.__setitem__(3, 8)),
+    "another method": first_block(lambda block: block.__setitem__(2, block[2] & 0x1F)),
+    "no method": first_block(lambda block: block.__setitem__(2, block[2] | 0x02)),
+    "noise": first_block(lambda block: block.__setitem__(slice(16, None), os.urandom(len(block) - 16))),
+    "a block elsewhere": placed(0, (1 << 64) - 2),
+    "a block beyond the others": placed(0, 1 << 40),
+    "a block without an end": placed(1, (1 << 64) - 1),
+    "a block of nothing": placed(1, 0),
+    "a block twice": lambda m: placed(0, struct.unpack_from("<8Q", m[second(m)], len(m[second(m)]) - 68)[2])(m),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("idea", PACKED)
+def test_hostile_blocks_are_refused(tmp_path: Path, packed_members: Members, idea: str) -> None:
+    changed = PACKED[idea](packed_members)
+    assert changed != packed_members
+    refuse(tmp_path, write(tmp_path / "x.zip", changed))
+
+
+def test_blocks_are_taken_in(tmp_path: Path, packed_members: Members) -> None:
+    """So it is the ideas above that are refused."""
+    with opened(tmp_path / "store") as db:
+        assert_reads_back(db, TOKENS, db.sequence(db.import_sequence(write(tmp_path / "x.zip", packed_members))).spans)
 
 
 def array(members: Members, ending: str) -> str:
