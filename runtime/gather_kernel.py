@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
+import numba
 import numpy as np
 
 from kvdb.codecs import ahead_kernel, rounding_kernel
@@ -44,6 +45,17 @@ def join() -> Callable[..., None]:
     return compiled(_join, _JOIN, fastmath=FAST, error_model="numpy", nogil=True)
 
 
+@numba.njit
+def _widen(bits: Any, dtype: int, out: Any) -> None:
+    """float16 (1) or bfloat16 (2) as float32."""
+    if dtype == 1:
+        for j in range(len(bits)):
+            out[j] = half_value(_U(bits[j]))
+    else:
+        for j in range(len(bits)):
+            out[j] = _U(_U(bits[j]) << _U(16)).view(np.float32)
+
+
 def _attend_of(dtype: int, made_of: int) -> Callable[..., None]:
     """Closes over numbers only: what closes over another compiled function is compiled anew by each process. made_of: see `stamp`."""
 
@@ -75,12 +87,8 @@ def _attend_of(dtype: int, made_of: int) -> Callable[..., None]:
                         fetch(keys, key_at[i + AHEAD] + at)
                         fetch(values, value_at[i + AHEAD] + at)
                 own = keys[key_at[i] : key_at[i] + size]
-                if dtype == 1:
-                    for j in range(size):
-                        wide[j] = half_value(_U(own[j]))
-                elif dtype == 2:
-                    for j in range(size):
-                        wide[j] = _U(_U(own[j]) << _U(16)).view(np.float32)
+                if dtype:
+                    _widen(own, dtype, wide)
                 k = own if dtype == 0 else wide
                 for g in range(group):
                     query, mine = q[head, g], weights[g]
@@ -90,12 +98,8 @@ def _attend_of(dtype: int, made_of: int) -> Callable[..., None]:
                             logit += query[d] * k[t * dim + d]
                         mine[t] = logit
                 own = values[value_at[i] : value_at[i] + size]
-                if dtype == 1:
-                    for j in range(size):
-                        wide[j] = half_value(_U(own[j]))
-                elif dtype == 2:
-                    for j in range(size):
-                        wide[j] = _U(_U(own[j]) << _U(16)).view(np.float32)
+                if dtype:
+                    _widen(own, dtype, wide)
                 v = own if dtype == 0 else wide
                 for g in range(group):
                     mine, powers, sink = weights[g], exponents[g], out[head, g]
