@@ -71,18 +71,22 @@ class BlockFile:
     def rows(self, layer_row: int, block: int) -> Array:
         """The rows of one block, (records, row_bytes) uint8; zeros after the last.
 
-        raises  Damaged for a block that is not there or does not decode
+        raises  Damaged for a block that is not there or does not decode; OutOfMemory
         """
         offset, size = (int(n) for n in self._places[layer_row, block])
         where = f"{self._where}, layer row {layer_row}, block {block}, offset {offset}"
         if size == format.ABSENT:
             raise Damaged(f"{where}: no block, expected one; run 'kvdb repair', then recompute it")
-        numbers = np.empty(self.form.nbytes, np.uint8).view(self.form.storage_dtype)
         try:
+            numbers = np.empty(self.form.nbytes, np.uint8).view(self.form.storage_dtype)
             self._codec.unpack(files.pread(self._fd, size, offset), numbers)
+            return self.form.rows(numbers)
         except InvalidInput as e:
             raise Damaged(f"{where}: {e}; run 'kvdb repair', then recompute it") from e
-        return self.form.rows(numbers)
+        except OutOfMemory:
+            raise
+        except MemoryError as e:
+            raise OutOfMemory(f"{where}: {e}, expected room for a block; free some memory") from e
 
 
 class UnpackedArray:

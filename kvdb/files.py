@@ -315,6 +315,11 @@ def mmap(fd: int, size: int) -> _mmap.mmap:
         raise
 
 
+def tells_residence(fd: int) -> bool:
+    """Whether `resident_pages` is the truth: of files that are not the caller's own and that it may not write to, Linux says that all is there."""
+    return os.fstat(fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=True)
+
+
 def resident_pages(map_: _mmap.mmap, offset: int, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which of `count` pages of a map, from the one at `offset` on, are in the page cache; none where the system cannot tell."""
     pages = np.zeros(count, np.uint8)

@@ -172,7 +172,7 @@ def block_index(places: np.ndarray[Any, np.dtype[np.uint64]]) -> bytes:
 def block_places(data: bytes, layers: int, payload: int, form: BlockForm, chunks: int, capacity: int) -> Any:
     """Where the blocks of the first `chunks` chunks of each layer lie: inverse of `block_index`.
 
-    payload  bytes of all blocks; none lies outside, or is larger than a block can be
+    payload  bytes of all blocks; none lies outside, or is larger than a block can be, and together they are no larger
     raises   Damaged for anything else
     """
     body, per_layer = data[:-4], form.count(capacity)
@@ -191,6 +191,8 @@ def block_places(data: bytes, layers: int, payload: int, form: BlockForm, chunks
             f"shard index: a block of {int(lengths[at])} bytes at {int(offsets[at])}, expected it within {payload} and at most "
             f"{form.most_stored}"
         )
+    if int(lengths.sum()) > payload:
+        raise Damaged(f"shard index: blocks of {int(lengths.sum())} bytes, expected at most {payload} in all")
     return places
 
 

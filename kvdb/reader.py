@@ -81,7 +81,7 @@ class _OpenArray:
     """One KV array of a segment: descriptor, sizes, digests, and for mmap its view."""
 
     __slots__ = (
-        "base", "codec", "digests", "fd", "group", "heads", "info", "layer_records", "path", "planes", "row", "seen",
+        "base", "codec", "digests", "fd", "group", "heads", "info", "layer_records", "path", "planes", "row", "seen", "told",
         "unpacked", "verified", "view",
     )  # fmt: skip
 
@@ -96,7 +96,8 @@ class _OpenArray:
         self.view: Array = np.empty((0, self.row), np.uint8)  # [records, row_bytes]
         self.planes: Array = np.empty((0, 0))  # [2 * records, plane values] when stored as is
         self.unpacked: UnpackedArray | None = None  # what `view` shows, of rows that are compressed in blocks
-        self.seen = np.zeros(0, bool)
+        self.seen = np.zeros(0, bool)  # rows that were touched by a call that can fail
+        self.told = False  # whether the kernel tells what of the file is in memory
         self.digests: Array | None = None  # [records] u64, when there is something to verify
         self.verified = np.zeros(0, bool)
         self.path, self.fd = _open_checked(segment, group, layout(info, group), self.row)
@@ -448,7 +449,7 @@ class MmapReader(Reader):
         array.base = files.mmap(array.fd, payload_bytes)
         array.base.madvise(_mmap.MADV_RANDOM)
         array.show(np.frombuffer(array.base, np.uint8))
-        array.seen = np.zeros(len(array.view), bool)
+        array.seen, array.told = np.zeros(len(array.view), bool), files.tells_residence(array.fd)
 
     def _bring(self, array: _OpenArray, rows: Array) -> None:
         """Have the kernel fetch all cold pages together, then wait for them where an error can be told.
@@ -461,12 +462,16 @@ class MmapReader(Reader):
             return
         if files.major_faults() != self._faults:
             self._doubts = self.DOUBTS
-        runs, cold = self._cold_runs(array, rows)
-        for start, stop in cold:
+        wanted = np.unique(rows) if self._doubts else np.unique(rows[~array.seen[rows]])
+        if not len(wanted):
+            return
+        gone = ~_resident(array, wanted)
+        touched = wanted[gone | ~array.seen[wanted]]
+        for start, stop in _runs(wanted[gone], array.row):
             self.bytes_fetched += stop - start
             for at in range(start, stop, _READ_AHEAD):
                 array.base.madvise(_mmap.MADV_WILLNEED, at, min(_READ_AHEAD, stop - at))
-        for start, stop in runs:
+        for start, stop in _runs(touched, array.row):
             try:
                 files.populate(array.base, start, stop - start)
             except OSError as e:
@@ -474,29 +479,17 @@ class MmapReader(Reader):
                     f"segment {array.info.segment}, file {array.path}, offset {start}: {e.strerror}, expected {stop - start} "
                     "bytes; the file was cut or its device fails: run 'kvdb verify'"
                 ) from e
-        self._faults = files.major_faults()
-
-    def _cold_runs(self, array: _OpenArray, rows: Array) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Bytes of rows to be touched in a call that can fail, from the beginning of a page on, and those of them that are not in memory: what
-        was never seen, and in doubt what has gone. They count as seen from now on."""
-        assert array.base is not None
-        if not self._doubts:
-            rows = rows[~array.seen[rows]]
-            if not len(rows):
-                return [], []
-        wanted = np.unique(rows)
         array.seen[wanted] = True
-        cold = wanted[~_resident(array, wanted)]
-        runs = _runs(cold, array.row)
-        if not self._doubts:
-            return _runs(wanted, array.row), runs
-        self._doubts = self.DOUBTS if runs else self._doubts - 1
-        return runs, runs
+        if self._doubts:
+            self._doubts = self.DOUBTS if gone.any() else self._doubts - 1
+        self._faults = files.major_faults()
 
 
 def _resident(array: _OpenArray, rows: Array) -> Array:
     """Which rows, ascending, are in memory: (n,) of bool. One question for all of them, unless they lie far apart."""
     assert array.base is not None
+    if not array.told:
+        return np.zeros(len(rows), bool)
     first, last = rows * array.row // _mmap.PAGESIZE, ((rows + 1) * array.row - 1) // _mmap.PAGESIZE
     start, count = int(first[0]), int(last[-1] - first[0]) + 1
     if count > _PAGES_BETWEEN * len(rows) and len(rows) > 1:

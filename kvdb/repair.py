@@ -11,6 +11,7 @@ still be read. A dry run unless told otherwise; repairing twice changes nothing 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -36,6 +37,7 @@ FILE_KINDS: Final = ("metadata", "missing-file", "size", "index", "digests", "to
 """Problems of a segment's files: the catalog is fine."""
 _UPGRADE_TIMEOUT_S: Final = 60.0
 _LITTER: Final = ("orphan", "manifest")
+_OF_THE_MACHINE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Repair(msgspec.Struct, kw_only=True):
@@ -280,11 +282,9 @@ def _rebuild(path: Path, report: Repair) -> None:
     found, broken = _scan(path / "chunks")
     sequences, limits = _salvage(path)
     whole = _connected(found)
-    lost = broken | (set(found) - set(whole))
+    lost = set(broken) | (set(found) - set(whole))
     for segment in sorted(lost):
-        report.actions.append(
-            f"quarantine segment {segment}: {'damaged' if segment in broken else 'its parent is gone'}"
-        )
+        report.actions.append(f"quarantine segment {segment}: {broken.get(segment, 'its parent is gone')}")
     report.actions.append(
         f"rebuild the catalog from {len(whole)} segments and {len(sequences)} known sequences; statistics are lost, and "
         "what only the catalog knew: pins and expiry of unnamed sequences"
@@ -320,23 +320,32 @@ def _swap_catalog(path: Path, new: Path) -> None:
     files.fsync_dir(path / "catalog")
 
 
-def _scan(chunks: Path) -> tuple[dict[str, _Found], set[str]]:
-    """Segments in chunks/ that are whole, and ids of those that are not."""
-    found, broken = dict[str, _Found](), set[str]()
+def _scan(chunks: Path) -> tuple[dict[str, _Found], dict[str, str]]:
+    """Segments in chunks/ that are whole, and ids of those that are not, with the reason.
+
+    raises  OutOfMemory, and OSError for what says nothing of a segment
+    """
+    found, broken = dict[str, _Found](), dict[str, str]()
     for segment in sorted(
         {array.partition(".")[0] for array in files.list_dir(chunks) if array != format.METADATA_KEY}
     ):
         try:
             found[segment] = _describe(chunks, segment)
-        except (KVDBError, OSError):
-            broken.add(segment)
+        except OutOfMemory:
+            raise
+        except Unsupported as e:
+            broken[segment] = f"of a later version, kept for it ({e})"
+        except (KVDBError, OSError) as e:
+            if isinstance(e, OSError) and e.errno in _OF_THE_MACHINE:
+                raise
+            broken[segment] = "damaged"
     return found, broken
 
 
 def _describe(chunks: Path, segment: str) -> _Found:
     """A segment from its own files, with those abstracts that are whole.
 
-    raises  Damaged when anything about its KV is wrong
+    raises  Damaged when anything about its KV is wrong; Unsupported for what only a later version knows
     """
     first = _attributes(chunks, segment, 0)
     info, seals = msgspec.structs.replace(first.info, abstracts=()), dict[str, str]()
@@ -344,6 +353,8 @@ def _describe(chunks: Path, segment: str) -> _Found:
         seals[format.kv_array(segment, group)] = _attributes(chunks, segment, group).sections["digests"][2]
     entry = SegmentEntry(info=info, seals=seals, disk_bytes=0)
     problems = list(check_files(chunks, entry, first.identity, None))
+    if later := [p for p in problems if p.kind == UNSUPPORTED]:
+        raise Unsupported(later[0].message)
     if problems or info.segment != segment or first.identity.digest().hex() != info.identity:
         raise Damaged(
             f"segment {segment}: {problems[0] if problems else 'its metadata names another'}, expected it whole"

@@ -76,7 +76,8 @@ class Gather:
         self._run(part, np.empty((0, self._q.shape[1]), np.float32))
 
     def add_measured(self, part: Lent) -> Array:
-        """`add`, and the log-sum-exp of each record: (n, group) float32."""
+        """`add`, and the log-sum-exp of each record: (n, group) float32. Logits that lie 87 or more below the largest so far count as if they
+        lay that far."""
         lse = np.empty((len(part.key_at), self._q.shape[1]), np.float32)
         self._run(part, lse)
         return lse

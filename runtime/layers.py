@@ -240,7 +240,8 @@ class FullLayer(_FixedShape, DynamicLayer):
         assert cache.rule is not None
         query = q.squeeze(2) * scale
         exact_query = query.detach().float()
-        if can_compile(q) and not isinstance(cache.rule, Certified):
+        differentiable = query.requires_grad and torch.is_grad_enabled()  # loops are not
+        if can_compile(q) and not differentiable and not isinstance(cache.rule, Certified):
             return self._gather(row, exact_query, tail_k, tail_v, take).to(q.dtype)
         parts: list[tuple[Tensor, Tensor]] = []
 

@@ -17,15 +17,17 @@ import google_crc32c
 import numpy as np
 
 from kvdb.codecs.base import Array, whole_number
-from kvdb.errors import InvalidInput
+from kvdb.errors import InvalidInput, OutOfMemory
 from kvdb.geometry import SEGMENT_TOKENS, STORAGE_DTYPES, Geometry, div_ceil
 
 _CNAME: Final = "zstd"
 _ZSTD: Final = 4
 _HEADER: Final = struct.Struct("<BBBBIII")  # two versions, flags, typesize, decoded, Blosc's own block, all of it
 _CRC: Final = struct.Struct("<I")
-_MOST_BYTES: Final = (1 << 31) - 1 - _HEADER.size
-"""What one container holds."""
+_MOST_BYTES: Final = 64 << 20
+"""Of a block decoded: what one read must find room for, whatever a file says."""
+_WORKSPACE: Final = 16 << 20
+"""Of the library, at most, beside a few blocks."""
 
 
 class BlockForm(NamedTuple):
@@ -108,7 +110,7 @@ class Blosc:
         return asdict(self)
 
     def check(self, form: BlockForm) -> None:
-        """raises  InvalidInput for blocks that no container holds"""
+        """raises  InvalidInput for blocks that are too large to be unpacked whole"""
         if form.nbytes > _MOST_BYTES:
             raise InvalidInput(
                 f"codec {self.name}: blocks of {form.nbytes} bytes, expected at most {_MOST_BYTES}; take fewer tokens"
@@ -126,9 +128,13 @@ class Blosc:
         return [{"name": self.name, "configuration": configuration}, {"name": "crc32c"}]
 
     def pack(self, numbers: Array) -> bytes:
-        """Compress a block: C-contiguous, little-endian numbers. What it decodes to is the same whatever the version of the library."""
+        """Compress a block: C-contiguous, little-endian numbers. What it decodes to is the same whatever the version of the library.
+
+        raises  OutOfMemory
+        """
         from numcodecs import blosc
 
+        _find_room(numbers.nbytes)
         packed: bytes = blosc.compress(
             numbers, _CNAME.encode(), self.clevel, shuffle=blosc.SHUFFLE, blocksize=numbers.nbytes
         )
@@ -137,7 +143,7 @@ class Blosc:
     def unpack(self, data: bytes, out: Array) -> None:
         """Decode a block into `out`, C-contiguous, overwritten. Its size is known beforehand: what says otherwise is not decoded.
 
-        raises  InvalidInput for what `pack` did not write
+        raises  InvalidInput for what `pack` did not write; OutOfMemory
         """
         from numcodecs import blosc
 
@@ -150,7 +156,23 @@ class Blosc:
                 f"codec {self.name}: a block of {whole} bytes, method {flags >> 5}, says that it holds {decoded} in numbers of "
                 f"{typesize}, expected {len(packed)}, method {_ZSTD}, that hold {out.nbytes} in numbers of {out.itemsize}"
             )
+        _find_room(out.nbytes)
         try:
             blosc.decompress(packed, out)
         except (RuntimeError, ValueError) as e:
             raise InvalidInput(f"codec {self.name}: {e}, expected a block") from e
+
+
+def _find_room(block_bytes: int) -> None:
+    """The library tells want of memory from damage neither when it packs, where it crashes, nor when it unpacks: so it is only called
+    where what it needs can be had.
+
+    raises  OutOfMemory
+    """
+    wanted = 4 * block_bytes + _WORKSPACE
+    try:
+        np.empty(wanted, np.uint8)
+    except MemoryError as e:
+        raise OutOfMemory(
+            f"codec {Blosc.name}: no {wanted} bytes of memory for a block, expected them; free some"
+        ) from e

@@ -40,7 +40,7 @@ class RecordCodec:
 
     def __post_init__(self) -> None:
         if self.blocks is not None and not self.stored_as_is:
-            raise InvalidInput(
+            raise Unsupported(
                 f"codec {self.blocks.name}: of rows of {self.key.name} and {self.value.name}, expected rows of raw: others do not shrink"
             )
 
@@ -105,8 +105,10 @@ class RecordCodec:
 
         raises  InvalidInput for what no version writes; Unsupported for a codec or parameter this version does not know
         """
-        if not isinstance(spec, Mapping) or set(spec) - {_BLOCKS} != set(_HALVES):
+        if not isinstance(spec, Mapping) or not set(spec) >= set(_HALVES):
             raise InvalidInput(f"codec: {spec!r}, expected an object of {_HALVES}, and {_BLOCKS!r} or not")
+        if more := set(spec) - {*_HALVES, _BLOCKS}:
+            raise Unsupported(f"codec: with {sorted(map(str, more))}, expected {_HALVES} and {_BLOCKS!r}; upgrade kvdb")
         key, value = (
             _made(f"codec of the {half}", *_named(f"codec of the {half}", spec[half]), lambda kind: kind)
             for half in _HALVES
@@ -140,8 +142,10 @@ class RecordCodec:
 
 def _named(where: str, given: object) -> tuple[str, Mapping[str, Any]]:
     """raises  InvalidInput for what is no name with parameters"""
-    if not isinstance(given, Mapping) or set(given) != {"name", "config"}:
+    if not isinstance(given, Mapping) or not set(given) >= {"name", "config"}:
         raise InvalidInput(f"{where}: {given!r}, expected an object of 'name' and 'config'")
+    if more := set(given) - {"name", "config"}:
+        raise Unsupported(f"{where}: with {sorted(map(str, more))}, expected 'name' and 'config'; upgrade kvdb")
     name, config = given["name"], given["config"]
     if not isinstance(name, str) or not isinstance(config, Mapping) or not all(isinstance(k, str) for k in config):
         raise InvalidInput(f"{where}: {given!r}, expected a name, and parameters by name")

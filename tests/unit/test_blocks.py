@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from kvdb import KVDB, Geometry, LayerGroup
 from kvdb.blocks import Unpacked
 from kvdb.codecs import BlockForm, Blosc, CodecPlan, RecordCodec
-from kvdb.errors import Damaged, InvalidInput
+from kvdb.errors import Damaged, InvalidInput, OutOfMemory
 from kvdb.format import SegmentInfo
 from kvdb.geometry import STORAGE_DTYPES
 from kvdb.reader import READERS
@@ -418,3 +418,25 @@ def test_a_catalog_made_anew_knows_its_blocks(tmp_path: Path) -> None:
     with opened(case.root) as db:
         assert_reads_back(db, TOKENS, db.sequence("bad").spans)
         assert_healthy(db)
+
+
+def test_want_of_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library fails alike for both; so it is not called where it could not work."""
+    case = Case(tmp_path / "s")
+    before = case.file.read_bytes()
+    with monkeypatch.context() as small:
+        small.setattr("kvdb.codecs.blosc._WORKSPACE", 1 << 60)
+        with KVDB.open(case.root) as db:
+            with pytest.raises(OutOfMemory):
+                case.read(db)
+            with pytest.raises(OutOfMemory):
+                db.check()
+            with pytest.raises(OutOfMemory):
+                db.recode("good", CodecPlan.parse("blosc"))
+        for rebuild in (False, True):
+            with pytest.raises(OutOfMemory):
+                repair(case.root, apply=True, rebuild=rebuild)
+    assert case.file.read_bytes() == before
+    with opened(case.root) as db:
+        assert_reads_back(db, TOKENS, db.sequence("bad").spans)
+        assert_reads_back(db, token_list(90, 7), db.sequence("good").spans)

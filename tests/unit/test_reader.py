@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -166,6 +167,54 @@ def test_after_page_faults_the_kernel_is_asked_what_it_has(
     assert counts == [(True, True)] + [(False, False)] * 3 + doubts
 
 
+@pytest.mark.parametrize("doubted", [False, True])
+def test_what_could_not_be_brought_is_tried_again_where_it_can_fail(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch, doubted: bool
+) -> None:
+    """And never taken for seen: touching it would end the process."""
+    real, calls = files.populate, 0
+
+    def populate(*place: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls <= 2:
+            raise OSError(errno.EFAULT, "Bad address")
+        real(*place)
+
+    reader = MmapReader()
+    reader.open(segment)
+    reader._doubts = 50 * doubted
+    monkeypatch.setattr(files, "populate", populate)
+    monkeypatch.setattr(files, "resident_pages", lambda _, offset, count: np.ones(count, bool))  # it may say so
+    for _ in range(2):
+        with pytest.raises(Damaged, match="Bad address"):
+            read_kv(reader, segment, 0, 50)
+    assert np.array_equal(read_kv(reader, segment, 0, 50)[0], model_kv(TWO_GROUPS, TOKENS, 0, 50, salt="exact")[0][0])
+    assert calls == 3
+    reader.close()
+
+
+def test_where_the_kernel_does_not_tell_everything_counts_as_gone(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "tells_residence", lambda fd: False)
+    monkeypatch.setattr(files, "resident_pages", lambda *_: pytest.fail("asked"))
+    reader = MmapReader()
+    for doubts in (0, 5, 5):
+        reader._doubts = doubts
+        assert np.array_equal(
+            read_kv(reader, segment, 0, 50)[0], model_kv(TWO_GROUPS, TOKENS, 0, 50, salt="exact")[0][0]
+        )
+    reader.close()
+
+
+def test_the_kernel_tells_of_files_that_are_ones_own_or_writable(tmp_path: Path) -> None:
+    path = tmp_path / "own"
+    path.write_bytes(b"x")
+    with path.open("rb") as file:
+        assert files.tells_residence(file.fileno())
+
+
 def test_the_kernel_knows_what_is_in_memory(tmp_path: Path) -> None:
     path, size = tmp_path / "hole", 1 << 20
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -187,7 +236,7 @@ def test_the_kernel_knows_what_is_in_memory(tmp_path: Path) -> None:
 def test_rows_are_in_memory_whose_pages_all_are(rows: set[int], row: int, seed: int) -> None:
     """However far apart; and those that are not are told as runs that cover them and nothing more than the beginning of a page."""
     there = np.random.default_rng(seed).random(3001 * row // mmap.PAGESIZE + 2) < 0.9
-    array: Any = SimpleNamespace(base=object(), row=row)
+    array: Any = SimpleNamespace(base=object(), row=row, told=True)
     wanted = np.array(sorted(rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
