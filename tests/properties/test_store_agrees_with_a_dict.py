@@ -724,6 +724,6 @@ def test_the_machine_sees_planted_bugs(
 ) -> None:
     plant(monkeypatch)
     once = {"derandomize": True, "database": None, "phases": [Phase.generate], "report_multiple_bugs": False}
-    quick = settings(machine_settings(200, 40), **once)
+    quick = settings(machine_settings(1000, 40), **once)
     with pytest.raises((AssertionError, KVDBError, ExceptionGroup)):
         run_state_machine_as_test(StoreMachine, settings=quick)
