@@ -240,8 +240,8 @@ class FullLayer(_FixedShape, DynamicLayer):
         assert cache.rule is not None
         query = q.squeeze(2) * scale
         exact_query = query.detach().float()
-        differentiable = query.requires_grad and torch.is_grad_enabled()  # loops are not
-        if can_compile(q) and not differentiable and not isinstance(cache.rule, Certified):
+        # No gradients pass here: keys and values are cut off from them when they are stored.
+        if can_compile(q) and not isinstance(cache.rule, Certified):
             return self._gather(row, exact_query, tail_k, tail_v, take).to(q.dtype)
         parts: list[tuple[Tensor, Tensor]] = []
 
