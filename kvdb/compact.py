@@ -20,7 +20,8 @@ from kvdb.entries import SegmentEntry, Span, Use
 from kvdb.errors import Damaged
 from kvdb.format import SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS
-from kvdb.reader import READERS, Reader
+from kvdb.reader import Reader
+from kvdb.readers import READERS
 from kvdb.segments import Segment, SegmentWriter, codecs_of
 from kvdb.transaction import Transaction
 

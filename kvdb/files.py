@@ -31,6 +31,7 @@ FOLDER_MODE = 0o700
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SYNC_FILE_RANGE_WRITE: Final = 2
+_WILL_NEED: Final = 3
 _POPULATE_READ: Final = 22  # MADV_POPULATE_READ, Linux 5.14: an error instead of a SIGBUS
 
 
@@ -348,16 +349,26 @@ def file_size(fd: int) -> int:
         raise
 
 
+def will_need(map_: _mmap.mmap, offset: int, length: int) -> None:
+    """Let the kernel begin to read pages of a map; what it makes of that shows when they are touched."""
+    _advise(map_, _WILL_NEED, offset, length)
+
+
 def populate(map_: _mmap.mmap, offset: int, length: int) -> None:
     """Bring pages of a map in now, so that what cannot be read is an error here and no SIGBUS later.
 
     raises  OSError (EFAULT) for a device error or a file that was cut; nothing happens where the system cannot tell
     """
-    try:
-        map_.madvise(_POPULATE_READ, offset, length)
-    except OSError as e:
-        if e.errno != errno.EINVAL:
-            raise
+    if (error := _advise(map_, _POPULATE_READ, offset, length)) not in (0, errno.EINVAL):
+        raise OSError(error, os.strerror(error))
+
+
+def _advise(map_: _mmap.mmap, advice: int, offset: int, length: int) -> int:
+    """errno. Unlike `mmap.madvise`, it lets other threads of Python run while it waits."""
+    address = np.frombuffer(map_, np.uint8).ctypes.data + offset
+    if _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice):
+        return ctypes.get_errno()
+    return 0
 
 
 def disk_bytes(path: Path) -> int:

@@ -8,7 +8,8 @@ from typing import Final, Literal
 import msgspec
 
 from kvdb.errors import InvalidInput, Unsupported
-from kvdb.reader import READERS, VERIFY
+from kvdb.reader import VERIFY
+from kvdb.readers import READERS
 from kvdb.retention import RETENTION
 
 Mode = Literal["r", "r+", "a", "w", "w-"]

@@ -1,18 +1,9 @@
-"""Reading records of segments: one interface, two ways.
-
-    mmap   one shared read-only map per array. MADV_RANDOM stops read-ahead (which amplified cold reads 61 times);
-           WILLNEED on records that are not in the page cache makes the kernel fetch them together; then one gather
-           copies them.
-    pread  positioned reads into the caller's buffer: no map, so a truncated file is an error and never a SIGBUS. The
-           way for network file systems.
-
-Rows that are compressed in blocks are the same to both: a block is read and unpacked whole, into memory where rows are then found as
-in a map.
+"""Reading records of segments: what every way to read has in common. The ways are in `kvdb.readers`.
 
 Every record is compared with its digest before it is used: `verify` "always", the "first" time it is read through a store
 handle (the default), or "never". The digests themselves are sealed by the catalog. What is missing is an error and never
-zeros; on the first touch pages are brought in by a call that can fail, so that a device error or a cut file is an error
-too and not a SIGBUS (after that, a file cut behind our back still is one under mmap: pread has no such gap).
+zeros. Rows that are compressed in blocks are the same to all: a block is read and unpacked whole, into memory where rows are then found
+as in a map.
 Not thread-safe: one reader per thread of generation.
 """
 
@@ -22,9 +13,9 @@ import contextlib
 import mmap as _mmap
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import xxhash
@@ -38,13 +29,7 @@ from kvdb.segments import Segment, abstract_layout, block_file, codec_of, layout
 Array = np.ndarray[Any, np.dtype[Any]]
 _U64: Final = (1 << 64) - 1
 
-
 VERIFY: Final = ("first", "always", "never")
-_READ_AHEAD: Final = 128 << 10
-"""Most that one WILLNEED surely brings: Linux cuts it to the device's read-ahead, and under MADV_RANDOM the rest would come
-page by page (3 to 16 MB/s instead of 580 to 740 for 16 MiB in a row, on a virtual disk)."""
-_PAGES_BETWEEN: Final = 64
-"""Pages of a map to a row, up to which to ask for all of them is cheaper than to ask for each row: 20 ns a page, a microsecond a question."""
 TRASH: Final = "trash"
 """Beside chunks/: where arrays wait between their deletion and their end. A reader that was on its way finds them there."""
 
@@ -77,7 +62,7 @@ class Verified:
             return marks
 
 
-class _OpenArray:
+class OpenArray:
     """One KV array of a segment: descriptor, sizes, digests, and for mmap its view."""
 
     __slots__ = (
@@ -163,6 +148,23 @@ _AbstractKey = tuple[str, int, int, str]
 """Segment, how often its abstracts had changed, layer group, abstract."""
 
 
+def _taking(stored: Array, which: Array) -> Callable[[int], Any]:
+    return lambda i: stored[which[i]]
+
+
+class Lending(NamedTuple):
+    """Some of the records that were asked for.
+
+    stored  (m, numbers of a record): K, then V, read-only
+    which   (n,) int64: their rows in `stored`
+    of      (n,) int64: which of the records asked for they are; None: all, in order
+    """
+
+    stored: Array
+    which: Array
+    of: Array | None
+
+
 class Reader(ABC):
     """Contract: whole files are checked on `open`, every byte asked for is delivered or an error is raised."""
 
@@ -175,7 +177,7 @@ class Reader(ABC):
         self.bytes_fetched = 0  # of files, of what was not in memory as far as is known
         self._unpacked = Unpacked(self.UNPACKED_BYTES)
         self._verify, self._verified = verify, verified or Verified()
-        self._open: dict[tuple[str, int], _OpenArray] = {}
+        self._open: dict[tuple[str, int], OpenArray] = {}
         self._abstracts: dict[_AbstractKey, tuple[Path, int]] = {}  # path, descriptor
         self._plane_digests: dict[_AbstractKey, list[str]] = {}
 
@@ -211,24 +213,34 @@ class Reader(ABC):
             self.bytes_read += out.nbytes
         else:
             stored, which = self._fetch_coded(array, rows)
-            self._check(array, rows, lambda i: stored[which[i]])
+            self._check(array, rows, _taking(stored, which))
             array.codec.decode(stored, which, out, segment.info.geometry.dtype)
             self.bytes_read += len(rows) * array.row
 
-    def lend(self, segment: Segment, layer: int, records: Array) -> tuple[Array, Array] | None:
-        """Records of one layer where they are, without a copy if that can be; None where they must be decoded: use `read`.
+    def lend(self, segment: Segment, layer: int, records: Array) -> Iterator[Lending]:
+        """Records of one layer, stored as they are, where they can be read without a copy: a part at a time, those in memory first, so that
+        they can be used while others arrive. A part is good until the next one is asked for, or anything else of this reader.
 
-        returns  (m, 2 * chunk_tokens * head_dim) in the storage dtype, K then V, read-only and good until this reader is used again; and which
-                 of them the records are, (n,) int64
-        raises   as `read`
+        raises  InvalidInput for records that a codec must decode: `read` does; else as `read`
         """
         array, rows = self._locate(segment, layer, records)
         if not array.codec.stored_as_is:
-            return None
-        stored, which = self._fetch_coded(array, rows)
-        self._check(array, rows, lambda i: stored[which[i]])
-        self.bytes_read += len(rows) * array.row
-        return stored.view(segment.info.geometry.storage_dtype), which
+            raise InvalidInput(
+                f"segment {segment.info.segment}, layer {layer}: coded, expected records as they are; read them"
+            )
+        for stored, which, of in self._parts(array, rows):
+            asked = rows if of is None else rows[of]
+            self._check(array, asked, _taking(stored, which))
+            self.bytes_read += len(asked) * array.row
+            yield Lending(stored.view(segment.info.geometry.storage_dtype), which, of)
+
+    def expect(self, segment: Segment, layer: int, records: Array) -> None:
+        """Begin to bring records in that may be asked for soon, and return at once. What fails shows when they are read.
+
+        raises  InvalidInput as `read`
+        """
+        if len(records):
+            self._begin(*self._locate(segment, layer, records))
 
     def rows(self, segment: Segment, layer: int, records: Array, out: Array | None = None) -> Array:
         """Records of one layer as they are stored, (n, row_bytes) uint8; otherwise as `read`.
@@ -242,7 +254,7 @@ class Reader(ABC):
         self.bytes_read += stored.nbytes
         return stored
 
-    def _locate(self, segment: Segment, layer: int, records: Array) -> tuple[_OpenArray, Array]:
+    def _locate(self, segment: Segment, layer: int, records: Array) -> tuple[OpenArray, Array]:
         """The array that holds records of a layer, and their rows in it."""
         info = segment.info
         group, layer_row = info.geometry.locate(layer)
@@ -257,7 +269,7 @@ class Reader(ABC):
             )
         return array, records + layer_row * array.layer_records
 
-    def _check(self, array: _OpenArray, rows: Array, stored: Callable[[int], Any]) -> None:
+    def _check(self, array: OpenArray, rows: Array, stored: Callable[[int], Any]) -> None:
         """Compare rows that were read with their digests.
 
         stored  the bytes of the i-th row read, as one contiguous buffer
@@ -279,7 +291,7 @@ class Reader(ABC):
         array.verified[checked] = True
 
     @staticmethod
-    def _damaged(array: _OpenArray, row: int, actual: int, expected: int) -> Damaged:
+    def _damaged(array: OpenArray, row: int, actual: int, expected: int) -> Damaged:
         layer_row, record = divmod(row, array.layer_records)
         chunk, head = divmod(record, array.heads)
         layer = array.info.geometry.groups[array.group].layers[layer_row]
@@ -362,7 +374,7 @@ class Reader(ABC):
         while self._open:
             self._release(self._open.popitem()[1])
 
-    def _release(self, array: _OpenArray) -> None:
+    def _release(self, array: OpenArray) -> None:
         if array.unpacked is not None:
             self._unpacked.forget(array.unpacked)
             array.unpacked = None
@@ -379,11 +391,11 @@ class Reader(ABC):
         for array in [key for key in self._open if key[0] == segment]:
             self._release(self._open.pop(array))
 
-    def _array(self, segment: Segment, group: int) -> _OpenArray:
+    def _array(self, segment: Segment, group: int) -> OpenArray:
         key = (segment.info.segment, group)
         array = self._open.get(key)
         if array is None:
-            array = _OpenArray(segment, group)
+            array = OpenArray(segment, group)
             try:
                 if segment.seals is not None and self._verify != "never":
                     name = format.kv_array(segment.info.segment, group)
@@ -403,152 +415,42 @@ class Reader(ABC):
         return array
 
     @abstractmethod
-    def _prepare(self, array: _OpenArray, payload_bytes: int) -> None:
+    def _prepare(self, array: OpenArray, payload_bytes: int) -> None:
         """Called once after opening, before the first fetch; not of compressed rows."""
 
-    def _bring(self, array: _OpenArray, rows: Array) -> None:
+    def _bring(self, array: OpenArray, rows: Array) -> None:
         """Have rows where `array.view` shows them."""
         assert array.unpacked is not None
         self._unpacked.bring(array.unpacked, rows)
 
-    def _fetch_planes(self, array: _OpenArray, rows: Array, out: Array) -> None:
+    def _begin(self, array: OpenArray, rows: Array) -> None:
+        """Have rows that are not in memory on their way, where that is possible without waiting."""
+        return
+
+    def _parts(self, array: OpenArray, rows: Array) -> Iterator[Lending]:
+        """Rows where they are, as they are stored: those that need not be waited for come first."""
+        yield Lending(*self._fetch_coded(array, rows), None)
+
+    def _fetch_planes(self, array: OpenArray, rows: Array, out: Array) -> None:
         """Copy rows that are stored as they are (numbered in the whole shard, in range) into `out`, K planes first."""
         self._bring(array, rows)
         planes = np.concatenate((2 * rows, 2 * rows + 1))
         # mode="clip" is 2.6x faster than "raise"; `read` has checked the range.
         np.take(array.planes, planes, axis=0, out=out.reshape(len(planes), -1), mode="clip")
 
-    def _stored(self, array: _OpenArray, rows: Array, out: Array) -> Callable[[int], Any]:
+    def _stored(self, array: OpenArray, rows: Array, out: Array) -> Callable[[int], Any]:
         """The bytes behind what `_fetch_planes` has copied to `out`: i -> those of rows[i], contiguous."""
         view, numbers = array.view, rows.tolist()
         return lambda i: view[
             numbers[i]
         ]  # the pages just copied; joining the planes again would take three times as long
 
-    def _fetch_coded(self, array: _OpenArray, rows: Array) -> tuple[Array, Array]:
+    def _fetch_coded(self, array: OpenArray, rows: Array) -> tuple[Array, Array]:
         """Rows where a codec can take them from: (m, row_bytes) uint8, and which of those they are, (n,) int64."""
         self._bring(array, rows)
         return array.view, rows
 
-    def _fetch_rows(self, array: _OpenArray, rows: Array, out: Array) -> None:
+    def _fetch_rows(self, array: OpenArray, rows: Array, out: Array) -> None:
         """Copy stored rows into `out`, (n, row_bytes) uint8."""
         self._bring(array, rows)
         np.take(array.view, rows, axis=0, out=out, mode="clip")
-
-
-class MmapReader(Reader):
-    name: ClassVar[str] = "mmap"
-    DOUBTS: ClassVar[int] = 256
-    """So many reads after one that found pages gone, residence is no longer taken for granted."""
-
-    def __init__(self, verify: str = "first", verified: Verified | None = None) -> None:
-        super().__init__(verify, verified)
-        self._faults, self._doubts = files.major_faults(), 0
-
-    def _prepare(self, array: _OpenArray, payload_bytes: int) -> None:
-        array.base = files.mmap(array.fd, payload_bytes)
-        array.base.madvise(_mmap.MADV_RANDOM)
-        array.show(np.frombuffer(array.base, np.uint8))
-        array.seen, array.told = np.zeros(len(array.view), bool), files.tells_residence(array.fd)
-
-    def _bring(self, array: _OpenArray, rows: Array) -> None:
-        """Have the kernel fetch all cold pages together, then wait for them where an error can be told.
-
-        What was brought once is there until the kernel needs the memory. Then it must be read page by page, which shows as major page
-        faults of this thread: from there on the kernel is asked before each read what it still has.
-        """
-        if array.base is None:
-            super()._bring(array, rows)
-            return
-        if files.major_faults() != self._faults:
-            self._doubts = self.DOUBTS
-        wanted = np.unique(rows) if self._doubts else np.unique(rows[~array.seen[rows]])
-        if not len(wanted):
-            return
-        gone = ~_resident(array, wanted)
-        touched = wanted[gone | ~array.seen[wanted]]
-        for start, stop in _runs(wanted[gone], array.row):
-            self.bytes_fetched += stop - start
-            for at in range(start, stop, _READ_AHEAD):
-                array.base.madvise(_mmap.MADV_WILLNEED, at, min(_READ_AHEAD, stop - at))
-        for start, stop in _runs(touched, array.row):
-            try:
-                files.populate(array.base, start, stop - start)
-            except OSError as e:
-                raise Damaged(
-                    f"segment {array.info.segment}, file {array.path}, offset {start}: {e.strerror}, expected {stop - start} "
-                    "bytes; the file was cut or its device fails: run 'kvdb verify'"
-                ) from e
-        array.seen[wanted] = True
-        if self._doubts:
-            self._doubts = self.DOUBTS if gone.any() else self._doubts - 1
-        self._faults = files.major_faults()
-
-
-def _resident(array: _OpenArray, rows: Array) -> Array:
-    """Which rows, ascending, are in memory: (n,) of bool. One question for all of them, unless they lie far apart."""
-    assert array.base is not None
-    if not array.told:
-        return np.zeros(len(rows), bool)
-    first, last = rows * array.row // _mmap.PAGESIZE, ((rows + 1) * array.row - 1) // _mmap.PAGESIZE
-    start, count = int(first[0]), int(last[-1] - first[0]) + 1
-    if count > _PAGES_BETWEEN * len(rows) and len(rows) > 1:
-        half = len(rows) // 2
-        return np.concatenate((_resident(array, rows[:half]), _resident(array, rows[half:])))
-    pages = files.resident_pages(array.base, start * _mmap.PAGESIZE, count)
-    missing = np.concatenate(([0], np.cumsum(~pages)))
-    found: Array = missing[last - start + 1] == missing[first - start]
-    return found
-
-
-def _runs(rows: Array, row: int) -> list[tuple[int, int]]:
-    """Bytes of rows, ascending, that lie one after the other: from the beginning of a page to the end of the last row."""
-    if not len(rows):
-        return []
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    starts, stops = (
-        rows[np.concatenate(([0], breaks))] * row,
-        (rows[np.concatenate((breaks - 1, [len(rows) - 1]))] + 1) * row,
-    )
-    return list(zip((starts - starts % _mmap.PAGESIZE).tolist(), stops.tolist(), strict=True))
-
-
-class PreadReader(Reader):
-    name: ClassVar[str] = "pread"
-
-    def _prepare(self, array: _OpenArray, payload_bytes: int) -> None:
-        """The descriptor is all it needs."""
-
-    def _fetch_planes(self, array: _OpenArray, rows: Array, out: Array) -> None:
-        if array.unpacked is not None:
-            super()._fetch_planes(array, rows, out)
-            return
-        for i, row in enumerate(rows.tolist()):
-            self._read_row(array, row, [memoryview(out[0, i]).cast("B"), memoryview(out[1, i]).cast("B")])
-
-    def _stored(self, array: _OpenArray, rows: Array, out: Array) -> Callable[[int], Any]:
-        return lambda i: out[:, i].tobytes()
-
-    def _fetch_coded(self, array: _OpenArray, rows: Array) -> tuple[Array, Array]:
-        stored = np.empty((len(rows), array.row), np.uint8)
-        self._fetch_rows(array, rows, stored)
-        return stored, np.arange(len(rows))
-
-    def _fetch_rows(self, array: _OpenArray, rows: Array, out: Array) -> None:
-        if array.unpacked is not None:
-            super()._fetch_rows(array, rows, out)
-            return
-        for i, row in enumerate(rows.tolist()):
-            self._read_row(array, row, [memoryview(out[i])])
-
-    def _read_row(self, array: _OpenArray, row: int, buffers: list[memoryview]) -> None:
-        n = files.preadv(array.fd, buffers, row * array.row)
-        self.bytes_fetched += n
-        if n != array.row:
-            raise Damaged(
-                f"segment {array.info.segment}, file {array.path}: {n} bytes at {row * array.row}, expected {array.row}; run "
-                "'kvdb verify'"
-            )
-
-
-READERS: Final[dict[str, type[Reader]]] = {reader.name: reader for reader in (MmapReader, PreadReader)}

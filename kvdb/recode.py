@@ -20,7 +20,8 @@ from kvdb.errors import Damaged, InvalidInput, NotFinite, SequenceNotFound
 from kvdb.format import SegmentInfo
 from kvdb.geometry import Geometry, LayerGroup, div_ceil
 from kvdb.identity import EXACT, joined_fidelity
-from kvdb.reader import READERS, Reader
+from kvdb.reader import Reader
+from kvdb.readers import READERS
 from kvdb.segments import Segment, SegmentWriter, codec_of, codecs_of
 
 if TYPE_CHECKING:

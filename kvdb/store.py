@@ -40,7 +40,8 @@ from kvdb.geometry import Geometry
 from kvdb.identity import EXACT, Identity
 from kvdb.options import Mode, Options
 from kvdb.prefix import Tokens
-from kvdb.reader import READERS, Reader, Verified
+from kvdb.reader import Reader, Verified
+from kvdb.readers import READERS
 from kvdb.retention import RETENTION
 from kvdb.segments import Segment, SegmentWriter, new_segment_id, reserved_bytes
 from kvdb.sizes import parse_bytes

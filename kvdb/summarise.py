@@ -23,7 +23,8 @@ from kvdb.arrays import AbstractWriter, abstract_bytes
 from kvdb.check import check_abstract
 from kvdb.entries import SegmentEntry
 from kvdb.errors import Damaged, InvalidInput, StoreError
-from kvdb.reader import READERS, Reader
+from kvdb.reader import Reader
+from kvdb.readers import READERS
 from kvdb.segments import Segment, codecs_of
 
 if TYPE_CHECKING:

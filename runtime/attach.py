@@ -36,6 +36,7 @@ from kvdb.prefix import Tokens
 from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, register
 from kvdb.runtime.cache import KVDBCache, Prefix, expect_exact_keys
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
+from kvdb.runtime.prediction import watch
 from kvdb.runtime.prefill import PrefillProgress, prefill
 from kvdb.runtime.selection import DEFAULT_SELECTOR, SELECTORS, Budget, Certified, Mass, Selector, StopRule, Threshold
 from kvdb.runtime.timeline import Trace
@@ -59,6 +60,7 @@ def attach(
     selector: str | Selector = DEFAULT_SELECTOR,
     codec: str | CodecPlan = RAW,
     trace: str | os.PathLike[str] | None = None,
+    prefetch: bool | None = None,
 ) -> Attachment:
     """Join a causal language model of transformers to a store. A context manager.
 
@@ -73,6 +75,7 @@ def attach(
     codec     what new KV is stored with, such as "int4", "planes:bits=6+int8" or "small": see `kvdb.codecs`. KV that dense attention
               computed and this very codec stored is reused like exact KV
     trace     a file, written at the end of the 'with' block: each stage of each step and layer as a time line, in Chrome's trace format
+    prefetch  read ahead what the next layer is likely to choose: always, never, or (None) where that is measured to be faster
     raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
     """
     given = {"budget": budget, "threshold": threshold, "mass": mass, "certified": certified, "exact": exact or None}
@@ -105,7 +108,9 @@ def attach(
             f"attach: trace is {os.fspath(trace)!r}, in a folder that does not exist, expected an existing one"
         )
     traced = None if trace is None else Path(trace).absolute()
-    return Attachment(model, db, rule=rule, fidelity=fidelity, selector=selector, codec=plan, trace=traced)
+    return Attachment(
+        model, db, rule=rule, fidelity=fidelity, selector=selector, codec=plan, trace=traced, prefetch=prefetch
+    )
 
 
 class Attachment:
@@ -121,7 +126,9 @@ class Attachment:
         selector: Selector,
         codec: CodecPlan = RAW,
         trace: Path | None = None,
+        prefetch: bool | None = None,
     ) -> None:
+        self._prefetch, self._predicts = prefetch, False
         self._trace, self._traced = trace, None if trace is None else Trace()
         self.model, self.db, self.rule, self.fidelity, self.selector = model, db, rule, fidelity, selector
         self.codec = codec
@@ -156,6 +163,10 @@ class Attachment:
             after = model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
             stack.callback(after.remove)
             stack.callback(full_attention_is_causal, False)
+            watching = watch(self.model, len(self.geometry.layers)) if self._prefetch is not False else None
+            if watching is not None:
+                stack.enter_context(watching)
+            self._predicts = watching is not None
             name = "prepare_inputs_for_generation"
             own = vars(model).get(name)  # somebody else's, put on the instance as ours will be
             stack.callback(*((setattr, model, name, own) if own is not None else (delattr, model, name)))
@@ -346,7 +357,10 @@ class Attachment:
             codec=self.codec,
             model_label=str(getattr(self.config, "_name_or_path", "") or self.config.model_type),
             trace=self._traced,
+            prefetch=self._prefetch,
         )
+        if self._prefetch is not False and not self._predicts:
+            cache.prefetch.give_up("the model's decoder layers are not found")
         self._caches.add(cache)
         return cache
 

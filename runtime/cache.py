@@ -8,7 +8,8 @@ different lengths, so the cache refuses any further step; what was committed bef
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,9 @@ from kvdb.identity import Identity
 from kvdb.reader import Reader
 from kvdb.runtime.dequantise import decoder_on
 from kvdb.runtime.history import History
-from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail
+from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail, reads_nothing
 from kvdb.runtime.metrics import Metrics
+from kvdb.runtime.prefetch import REACH, Prefetch
 from kvdb.runtime.selection import DENSE_BELOW, Certified, Estimate, Forced, Plan, Scores, Selector, StopRule
 from kvdb.runtime.staging import Staging
 from kvdb.runtime.timeline import Timeline, Trace
@@ -67,11 +69,13 @@ class KVDBCache(Cache):
         codec: CodecPlan,
         model_label: str,
         trace: Trace | None = None,
+        prefetch: bool | None = None,
     ) -> None:
-        """identify: the model's identity as it is now. windows: of layers that have one. rule: None is exact."""
+        """identify: the model's identity as it is now. windows: of layers that have one. rule: None is exact. prefetch: see `Prefetch`."""
         self.db, self.identity, self.geometry, self.dtype = db, identity, geometry, dtype
         self.rule, self.selector, self._identify = rule, selector, identify
-        self.metrics, self.timeline = Metrics(), Timeline(trace)
+        self.metrics, self.timeline, self.prefetch = Metrics(), Timeline(trace), Prefetch(prefetch)
+        self.is_probing = False
         self.forced = Forced.of(geometry.chunk_tokens)
         self.writes = not db.readonly
         self.expected_tokens = 0
@@ -98,7 +102,7 @@ class KVDBCache(Cache):
         self._active = False
         self._broken: str | None = None
         self._selecting_steps = 0
-        self._bytes_before = 0
+        self._bytes_before = self._fetched_before = 0
         self._coming: list[list[int]] = []
         super().__init__(
             layers=[
@@ -146,6 +150,7 @@ class KVDBCache(Cache):
             "kv_bytes_fetched": self._reader.bytes_fetched,
             "kv_bytes_stored": sum(row.stored_bytes() for row in self.rows),
             "stage_seconds": dict(self.timeline.seconds),
+            "prefetch": self.prefetch.stats(),
         }
 
     # -- restoring
@@ -215,7 +220,10 @@ class KVDBCache(Cache):
         self._active = True
         self._broken = "an earlier forward pass failed half-way"
         self._bytes_before = self._reader.bytes_read
+        self._fetched_before = self._reader.bytes_fetched
         self._choose(queries)
+        if self.take is not None:
+            self.prefetch.begin_step()
         self._stepping = self.timeline.span("step").__enter__()
 
     def _choose(self, queries: int) -> None:
@@ -253,6 +261,8 @@ class KVDBCache(Cache):
         if failed:
             return
         self._stepping.__exit__(None, None, None)
+        if self.take is not None:
+            self.prefetch.end_step(self._stepping.seconds, self._reader.bytes_fetched - self._fetched_before)
         for row, ids in zip(self.rows, self._coming, strict=True):
             row.tokens.extend(ids)
         read = self._reader.bytes_read - self._bytes_before
@@ -292,7 +302,45 @@ class KVDBCache(Cache):
         self.metrics.mass_sum += float(mass)
         self.metrics.mass_samples += 1
 
-    def note_scores(self, scores: Scores, chosen: Plan, estimate: Estimate | None) -> None:
+    # -- reading ahead
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether it wants to know, at this step, what layers are about to ask."""
+        selecting = self.take is not None and not isinstance(self.rule, Certified)
+        return selecting and self.prefetch.active and not self.is_probing
+
+    def is_full(self, layer: int) -> bool:
+        return isinstance(self.layers[layer], FullLayer)
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """Layers take nothing and attend to nothing: they raise `Asked`."""
+        self.is_probing = True
+        try:
+            yield
+        finally:
+            self.is_probing = False
+
+    def expect(self, layer: int, query: Tensor) -> None:
+        """Have records on their way that a query like this would choose.
+
+        query  (batch, heads, 1, head_dim), scaled
+        """
+        assert self.rule is not None
+        assert self.take is not None
+        kv_heads = self.layers[layer].stored.group.kv_heads
+        for row, of_row in zip(self.rows, query.squeeze(2).detach().float(), strict=True):
+            q = of_row.unflatten(0, (kv_heads, -1))
+            take = min(round(REACH * self.take), row.chunks(layer))
+            scores = self.rule.score(self.selector, q, row.resident(layer, self.selector), take)
+            nothing = q.new_full(q.shape[:2], -torch.inf)
+            plan = self.rule.plan(scores, take, self.forced, nothing, reads_nothing)
+            row.expect(layer, plan.chunks, plan.counts)
+            self.prefetch.expect(layer, plan)
+
+    def note_choice(self, layer: int, scores: Scores, chosen: Plan, estimate: Estimate | None) -> None:
+        self.prefetch.chosen(layer, chosen, scores.lse.shape[-1])
         self.metrics.ranges_evaluated += scores.evaluated
         self.metrics.abstract_bytes_read += scores.bytes_read + (0 if estimate is None else estimate.bytes_read)
         if chosen.unread_mass is not None:

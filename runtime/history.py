@@ -199,29 +199,44 @@ class History:
         asked = np.ones((heads, n), bool) if counts is None else np.arange(n) < counts.numpy()[:, None]
         for part in self._parts(layer):
             inside = asked & (wanted >= part.first) & (wanted < part.stop)
-            starts = np.concatenate(([0], np.cumsum(inside.sum(1))))
-            if starts[-1]:
-                with self._reading(layer):
-                    records = ((wanted - part.first) * heads + self._heads[layer])[inside]
-                    lent = self._lent(part.segment, layer, records, starts)
-                yield lent, inside
+            if not inside.any():
+                continue
+            records = ((wanted - part.first) * heads + self._heads[layer])[inside]
+            lending = self._lending(part.segment, layer, records)
+            while True:
+                with self._reading(layer), self._naming(part.segment):
+                    found = next(lending, None)
+                if found is None:
+                    break
+                flat, key_at, value_at, of = found
+                places = inside if of is None else _among(inside, of)
+                starts = np.concatenate(([0], np.cumsum(places.sum(1))))
+                yield Lent(flat, flat, key_at, value_at, starts, self.geometry.chunk_tokens), places
 
-    def _lent(self, segment: Segment, layer: int, records: Array, starts: Array) -> Lent:
-        ct, dim = self.geometry.chunk_tokens, self._dims[layer]
-        with self._naming(segment):
-            found = self._reader.lend(segment, layer, records)
-        if found is not None:
-            numbers, which = found
-            flat, key_at = numbers.reshape(-1), which * numbers.shape[1]
-            return Lent(flat, flat, key_at, key_at + ct * dim, starts, ct)
+    def _lending(
+        self, segment: Segment, layer: int, records: Array
+    ) -> Iterator[tuple[Array, Array, Array, Array | None]]:
+        """Records of a layer, part by part: numbers, where keys and values begin in them, and which of the records these are (None: all)."""
+        size = self.geometry.chunk_tokens * self._dims[layer]
+        if self._codec(segment, layer).stored_as_is:
+            for stored, which, of in self._reader.lend(segment, layer, records):
+                key_at = which * stored.shape[1]
+                yield stored.reshape(-1), key_at, key_at + size, of
+        else:
+            shape = (2, len(records), self.geometry.chunk_tokens, self._dims[layer])
+            decoded = self._staging.read_into(shape, lambda out: self._reader.read(segment, layer, records, out))
+            key_at = np.arange(len(records)) * size
+            yield storage_view(decoded).reshape(-1), key_at, key_at + len(records) * size, None
 
-        def fill(out: Array) -> None:
-            with self._naming(segment):
-                self._reader.read(segment, layer, records, out)
-
-        flat = storage_view(self._staging.read_into((2, len(records), ct, dim), fill)).reshape(-1)
-        key_at = np.arange(len(records)) * (ct * dim)
-        return Lent(flat, flat, key_at, key_at + len(records) * ct * dim, starts, ct)
+    def expect(self, layer: int, chunks: Tensor, counts: Tensor | None) -> None:
+        """Begin to bring in chunks that may be chosen soon: as in `lend`. What is not sealed yet is left alone."""
+        wanted = chunks.cpu().numpy()
+        heads, n = wanted.shape
+        asked = np.ones((heads, n), bool) if counts is None else np.arange(n) < counts.cpu().numpy()[:, None]
+        for part in self._sealed:
+            inside = asked & (wanted >= part.first) & (wanted < part.stop)
+            with self._naming(part.segment):
+                self._reader.expect(part.segment, layer, ((wanted - part.first) * heads + self._heads[layer])[inside])
 
     def select(self, layer: int, chunks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of chosen chunks per KV head: chunks (kv_heads, n) -> (kv_heads, n * chunk_tokens, head_dim) twice."""
@@ -498,3 +513,10 @@ class History:
         """As `close`, for a finalizer: waits for nothing."""
         writer, self._writer = self._writer, None
         self._behind.let_go(writer.discard if writer is not None else lambda: None)
+
+
+def _among(inside: Array, of: Array) -> Array:
+    """Of the true places of `inside`, row after row, those numbered `of`."""
+    places = np.zeros_like(inside)
+    places.reshape(-1)[np.flatnonzero(inside)[of]] = True
+    return places

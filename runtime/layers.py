@@ -106,6 +106,13 @@ class Handle:
         cls._refuse(f"torch function {getattr(func, '__name__', func)!r}")
 
 
+class Asked(Exception):
+    """Ends a probe of a layer (`kvdb.runtime.prediction`): the query it would have asked, scaled, (batch, heads, queries, head_dim)."""
+
+    def __init__(self, query: Tensor) -> None:
+        self.query = query
+
+
 class _Stored:
     """What both kinds of layers share: a tail, and the way from it to the histories."""
 
@@ -186,7 +193,8 @@ class FullLayer(_FixedShape, DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.stored.cache.expect_active()
-        self.stored.accept(key_states, value_states)
+        if not self.stored.cache.is_probing:
+            self.stored.accept(key_states, value_states)
         return self._handle, self._handle
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
@@ -203,6 +211,8 @@ class FullLayer(_FixedShape, DynamicLayer):
         returns  (batch, heads, queries, head_dim)
         """
         stored, cache = self.stored, self.stored.cache
+        if cache.is_probing:
+            raise Asked(query * scale)
         batch, heads, queries, dim = query.shape
         kv_heads = stored.group.kv_heads
         q = query.reshape(batch, kv_heads, heads // kv_heads, queries, dim)
@@ -257,7 +267,7 @@ class FullLayer(_FixedShape, DynamicLayer):
             chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, read)
         with span("estimate", index):
             estimate = cache.selector.estimate(exact_query, resident, scores, chosen)
-        cache.note_scores(scores, chosen, estimate)
+        cache.note_choice(index, scores, chosen, estimate)
         beside = None if estimate is None else Partial(estimate.out[:, :, None], estimate.lse[..., None])
         if chosen.counts is not None:
             return self._attend_each(row, query, chosen, tail_k, tail_v, beside)
@@ -281,10 +291,10 @@ class FullLayer(_FixedShape, DynamicLayer):
         resident = row.resident(index, cache.selector)
         with span("score", index):
             scores = cache.rule.score(cache.selector, query, resident, take)
-            chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, _reads_nothing)
+            chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, reads_nothing)
         with span("estimate", index):
             estimate = cache.selector.estimate(query, resident, scores, chosen)
-        cache.note_scores(scores, chosen, estimate)
+        cache.note_choice(index, scores, chosen, estimate)
         measured = np.empty((*chosen.chunks.shape, query.shape[1]), np.float32) if cache.sampling else None
         for part, places in row.lend(index, chosen.chunks, chosen.counts):
             with span("attend", index):
@@ -348,7 +358,8 @@ class SlidingLayer(_FixedShape, DynamicSlidingWindowLayer):
         self.cumulative_length = total_tokens
 
 
-def _reads_nothing(chunks: Tensor) -> NoReturn:
+def reads_nothing(chunks: Tensor) -> NoReturn:
+    """For rules that choose by scores alone."""
     raise AssertionError("this rule reads nothing while it chooses")
 
 

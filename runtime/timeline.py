@@ -21,6 +21,7 @@ STAGES: Final = (
     "restore",
     "step",
     "tail",
+    "predict",
     "abstracts",
     "score",
     "read",
@@ -34,6 +35,7 @@ STAGES: Final = (
 restore    a stored prefix is opened, and the started chunk and windows are read
 step       a forward pass of the model, all that follows included
 tail       attention over the newest tokens, in memory
+predict    the next layer's query is predicted, and what it would choose is asked for ahead
 abstracts  abstracts of a layer come into memory, once each
 score      the selector scores records, and the stop rule chooses
 read       chosen records are brought where attention can read them, compared with their digests, and decoded
@@ -108,9 +110,9 @@ class Timeline:
 
 
 class Span:
-    """bytes: what went through the stage; whoever knows it sets it."""
+    """bytes: what went through the stage; whoever knows it sets it. seconds: once it has ended."""
 
-    __slots__ = ("_layer", "_stage", "_start", "_timeline", "bytes")
+    __slots__ = ("_layer", "_stage", "_start", "_timeline", "bytes", "seconds")
 
     def __init__(self, timeline: Timeline, stage: str, layer: int | None) -> None:
         self._timeline, self._stage, self._layer, self.bytes = timeline, stage, layer, 0
@@ -122,4 +124,6 @@ class Span:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timeline.note(self._stage, self._layer, self.bytes, self._start, time.perf_counter_ns())
+        stop = time.perf_counter_ns()
+        self.seconds = (stop - self._start) / 1e9
+        self._timeline.note(self._stage, self._layer, self.bytes, self._start, stop)

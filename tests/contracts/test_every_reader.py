@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import TWO_GROUPS, extend, model_kv, opened, token_list, write_segment
+from helpers import TWO_GROUPS, Array, extend, model_kv, opened, token_list, write_segment
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries
 
 from kvdb import Geometry
 from kvdb.codecs import CodecPlan
-from kvdb.reader import READERS, Reader
+from kvdb.reader import Reader
+from kvdb.readers import READERS
+from kvdb.segments import Segment
 
 every_reader = pytest.mark.parametrize("kind", READERS.values(), ids=READERS)
+
+
+def lent(reader: Reader, segment: Segment, layer: int, records: Array) -> Array:
+    """What `lend` gives, part by part, put together again: (n, numbers of a record)."""
+    parts = [
+        (stored[which], np.arange(len(records)) if of is None else of)
+        for stored, which, of in reader.lend(segment, layer, records)
+    ]
+    places = np.concatenate([np.empty(0, np.int64), *(of for _, of in parts)])
+    assert sorted(places.tolist()) == list(range(len(records)))
+    rows = np.concatenate([rows for rows, _ in parts]) if parts else np.empty((0, 0), np.uint8)
+    return rows[np.argsort(places)]
 
 
 @every_reader
@@ -47,7 +61,9 @@ def test_any_records_in_any_order_are_read_bit_for_bit(
                     start = chunk * geometry.chunk_tokens
                     wanted = values[head, start : start + geometry.chunk_tokens]
                     assert found[: len(wanted)].tobytes() == wanted.tobytes()
-            asked += len(records) * geometry.record_bytes(geometry.locate(layer)[0])
+            reader.expect(segment, layer, np.array(data.draw(st.lists(st.integers(0, last), max_size=8)), np.int64))
+            assert lent(reader, segment, layer, records).tobytes() == out.swapaxes(0, 1).tobytes()
+            asked += 2 * len(records) * geometry.record_bytes(geometry.locate(layer)[0])
         assert reader.bytes_read == asked
         reader.close()
 

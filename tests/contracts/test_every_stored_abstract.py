@@ -33,7 +33,8 @@ from kvdb.abstracts import ABSTRACTS, Abstract
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.format import abstract_array
 from kvdb.geometry import as_float32
-from kvdb.reader import READERS, Reader
+from kvdb.reader import Reader
+from kvdb.readers import READERS
 from kvdb.repair import repair
 from kvdb.segments import Segment, abstract_layout
 from kvdb.untrusted import verify_untrusted

@@ -31,7 +31,8 @@ from kvdb import EXACT, KVDB, Geometry, LayerGroup, Span, files
 from kvdb.environment import TABLES
 from kvdb.errors import KVDBError, NewerFormat, OlderFormat
 from kvdb.format import SHARD_KEY, ShardLayout, kv_array
-from kvdb.reader import READERS, Reader
+from kvdb.reader import Reader
+from kvdb.readers import READERS
 from kvdb.repair import repair
 from kvdb.segments import Segment, layout
 

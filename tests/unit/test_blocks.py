@@ -36,7 +36,7 @@ from kvdb.codecs import BlockForm, Blosc, CodecPlan, RecordCodec
 from kvdb.errors import Damaged, InvalidInput, OutOfMemory
 from kvdb.format import SegmentInfo
 from kvdb.geometry import STORAGE_DTYPES
-from kvdb.reader import READERS
+from kvdb.readers import READERS
 from kvdb.repair import repair
 from kvdb.segments import Segment, codecs_of, layout, reserved_bytes
 

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from kvdb import KVDB, files
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.geometry import as_float32
-from kvdb.reader import READERS, MmapReader, Reader, Verified, _resident, _runs
+from kvdb.mapped import MmapReader, _resident, _runs
+from kvdb.reader import Reader, Verified
+from kvdb.readers import READERS
 from kvdb.segments import Segment, layout
 
 TOKENS = token_list(50)
@@ -226,6 +228,55 @@ def test_the_kernel_knows_what_is_in_memory(tmp_path: Path) -> None:
             assert files.resident_pages(map_, mmap.PAGESIZE, 3).all()
     finally:
         os.close(fd)
+
+
+def test_what_is_in_memory_is_lent_while_the_rest_arrives(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is asked for what is gone before anything is lent, and waited for only when the rest has been used."""
+    calls: list[str] = []
+    waits, begins = files.populate, files.will_need
+    monkeypatch.setattr(files, "populate", lambda *place: (calls.append("waited"), waits(*place)))
+    monkeypatch.setattr(files, "will_need", lambda *place: (calls.append("begun"), begins(*place)))
+    reader, records = MmapReader(), np.array([7, 0, 19, 3, 0])
+    whole = reader.rows(segment, 0, records)  # has seen them all
+    row, gone = whole.shape[1], {0, 19}
+
+    def resident_pages(_: object, offset: int, count: int) -> Array:
+        away = {
+            page for n in gone for page in range(n * row // mmap.PAGESIZE, ((n + 1) * row - 1) // mmap.PAGESIZE + 1)
+        }
+        return np.array([offset // mmap.PAGESIZE + page not in away for page in range(count)])
+
+    monkeypatch.setattr(files, "resident_pages", resident_pages)
+    reader._doubts, expected = 9, {"late": [1, 2, 4], "there": [0, 3]}
+    calls.clear()
+    parts = reader.lend(segment, 0, records)
+    stored, which, of = next(parts)
+    assert (of is not None and of.tolist(), set(calls)) == (expected["there"], {"begun"})
+    assert np.array_equal(stored[which].view(np.uint8), whole[[0, 3]])
+    stored, which, of = next(parts)
+    assert of is not None
+    assert of.tolist() == expected["late"]
+    assert "waited" in calls
+    assert np.array_equal(stored[which].view(np.uint8), whole[[1, 2, 4]])
+    assert next(parts, None) is None
+    reader.close()
+
+
+def test_what_is_expected_is_begun_and_not_waited_for(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not taken for seen: it may fail."""
+    begun: list[int] = []
+    monkeypatch.setattr(files, "will_need", lambda _, offset, length: begun.append(length))
+    monkeypatch.setattr(files, "resident_pages", lambda _, offset, count: np.zeros(count, bool))
+    reader = MmapReader()
+    with monkeypatch.context() as waiting:
+        waiting.setattr(files, "populate", lambda *_: pytest.fail("waited"))
+        reader.expect(segment, 0, np.arange(5))
+        reader.expect(segment, 0, np.arange(0))
+    assert sum(begun) >= 5 * reader.rows(segment, 0, np.arange(1)).nbytes
+    assert not reader._open[segment.info.segment, 0].seen[1:5].any()
+    with pytest.raises(InvalidInput, match=r"records 99\.\.99"):
+        reader.expect(segment, 0, np.array([99]))
+    reader.close()
 
 
 @given(

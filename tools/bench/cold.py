@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvdb import KVDB, format
-from kvdb.reader import READERS
+from kvdb.readers import READERS
 from kvdb.segments import Segment
 from kvdb.tools.bench.capped import force_out
 from kvdb.tools.bench.setup import median, write_result

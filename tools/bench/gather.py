@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvdb import KVDB
-from kvdb.reader import READERS, VERIFY
+from kvdb.reader import VERIFY
+from kvdb.readers import READERS
 from kvdb.tools.bench.setup import median, write_result
 from kvdb.tools.bench.synthetic import Array, geometry, ids, noise, ratio, scratch, seconds, store
 
