@@ -8,13 +8,12 @@ source: speculative selection from the layer before, InfiniGen, arXiv 2406.19707
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
 from torch import Tensor
 
+from kvdb.runtime.comparison import Comparison
 from kvdb.runtime.selection import Plan
 
 REACH: Final = 1.25
@@ -22,10 +21,6 @@ REACH: Final = 1.25
 among them, with 1.2, 2.5 and 5 records read in vain for each (7 400 tokens, 10 %)."""
 _CALM: Final = 8
 """Steps in a row that found everything in memory, after which nothing is read ahead."""
-_TURN: Final = 4
-_TURNS: Final = 6
-_KEPT: Final = 512
-"""A comparison takes `_TURNS` turns of `_TURN` steps, each way in turn; its outcome is kept for so many steps."""
 
 
 class Prefetch:
@@ -38,10 +33,7 @@ class Prefetch:
         self._wanted = wanted
         self._impossible: str | None = None
         self._calm = _CALM
-        self._schedule: Iterator[bool] = iter(())
-        self._times: dict[bool, list[float]] = {True: [], False: []}
-        self._comparing = False
-        self._last: dict[bool, float] = {}  # what the last comparison found, seconds a step
+        self._comparison = Comparison()
         self._expected: dict[int, Plan] = {}
         self._counts: dict[int, list[int]] = {}  # layer -> records expected, chosen, both
         self.active = False
@@ -55,36 +47,19 @@ class Prefetch:
             self.active = bool(self._wanted) and self._impossible is None
             return
         if self._calm >= _CALM:
-            self.active, self._schedule, self._comparing = False, iter(()), False
-            return
-        following = next(self._schedule, None)
-        if following is None:
-            self._schedule = self._kept() if self._comparing else self._compared()
-            self._comparing = not self._comparing
-            following = next(self._schedule)
-        self.active = following
+            self.active = False
+            self._comparison.restart()
+        else:
+            self.active = self._comparison.next()
 
     def end_step(self, seconds: float, fetched: int) -> None:
         """fetched: bytes that were asked for and not in memory."""
         self._calm = 0 if fetched else self._calm + 1
-        if self._comparing:
-            self._times[self.active].append(seconds)
+        self._comparison.took(self.active, seconds)
 
     def give_up(self, reason: str) -> None:
         """Nothing can be predicted here."""
         self._impossible, self.active = reason, False
-
-    def _compared(self) -> Iterator[bool]:
-        self._times = {True: [], False: []}
-        for turn in range(_TURNS):
-            for _ in range(_TURN):
-                yield turn % 2 == 0
-
-    def _kept(self) -> Iterator[bool]:
-        self._last = {way: statistics.median(times) for way, times in self._times.items()}
-        better = self._last[True] < self._last[False]
-        for _ in range(_KEPT):
-            yield better
 
     # -- what came of it
 
@@ -119,9 +94,10 @@ class Prefetch:
             return "asked for" if self._wanted else "not wanted"
         if self._calm >= _CALM:
             return "what was read was in memory"
-        if not self._last:
+        found = self._comparison.medians
+        if not found:
             return "steps are compared"
-        return f"a step takes {1e3 * self._last[True]:.1f} ms with it, {1e3 * self._last[False]:.1f} ms without"
+        return f"a step takes {1e3 * found[True]:.1f} ms with it, {1e3 * found[False]:.1f} ms without"
 
 
 def _count(marks: Tensor) -> int:
