@@ -46,6 +46,12 @@ class MmapReader(Reader):
         wanted, gone = self._start(array, rows)
         self._finish(array, wanted, gone)
 
+    def _absent(self, array: OpenArray) -> int:
+        if array.base is None or not array.told:
+            return super()._absent(array)
+        pages = files.resident_pages(array.base, 0, -(-len(array.base) // _mmap.PAGESIZE))
+        return int(np.count_nonzero(~pages)) * _mmap.PAGESIZE
+
     def _begin(self, array: OpenArray, rows: Array) -> None:
         if array.base is not None:
             self._start(array, rows)

@@ -242,6 +242,11 @@ class Reader(ABC):
         if len(records):
             self._begin(*self._locate(segment, layer, records))
 
+    def absent_bytes(self, segment: Segment) -> int:
+        """Bytes of a segment's KV that would be read from the file; those of which nobody can tell count."""
+        groups = range(len(segment.info.geometry.groups))
+        return sum(self._absent(self._array(segment, group)) for group in groups)
+
     def rows(self, segment: Segment, layer: int, records: Array, out: Array | None = None) -> Array:
         """Records of one layer as they are stored, (n, row_bytes) uint8; otherwise as `read`.
 
@@ -422,6 +427,9 @@ class Reader(ABC):
         """Have rows where `array.view` shows them."""
         assert array.unpacked is not None
         self._unpacked.bring(array.unpacked, rows)
+
+    def _absent(self, array: OpenArray) -> int:
+        return layout(array.info, array.group).payload_bytes
 
     def _begin(self, array: OpenArray, rows: Array) -> None:
         """Have rows that are not in memory on their way, where that is possible without waiting."""

@@ -35,6 +35,7 @@ from kvdb.identity import EXACT, Identity, joined_fidelity
 from kvdb.prefix import Tokens
 from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, register
 from kvdb.runtime.cache import KVDBCache, Prefix, expect_exact_keys
+from kvdb.runtime.costs import Costs
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
 from kvdb.runtime.prediction import watch
 from kvdb.runtime.prefill import PrefillProgress, prefill
@@ -61,6 +62,7 @@ def attach(
     codec: str | CodecPlan = RAW,
     trace: str | os.PathLike[str] | None = None,
     prefetch: bool | None = None,
+    recompute: bool | None = None,
 ) -> Attachment:
     """Join a causal language model of transformers to a store. A context manager.
 
@@ -76,6 +78,7 @@ def attach(
               computed and this very codec stored is reused like exact KV
     trace     a file, written at the end of the 'with' block: each stage of each step and layer as a time line, in Chrome's trace format
     prefetch  read ahead what the next layer is likely to choose: always, never, or (None) where that is measured to be faster
+    recompute compute a stored prefix again instead of reading it: always, never, or (None) where that is estimated to take less time
     raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
     """
     given = {"budget": budget, "threshold": threshold, "mass": mass, "certified": certified, "exact": exact or None}
@@ -109,7 +112,15 @@ def attach(
         )
     traced = None if trace is None else Path(trace).absolute()
     return Attachment(
-        model, db, rule=rule, fidelity=fidelity, selector=selector, codec=plan, trace=traced, prefetch=prefetch
+        model,
+        db,
+        rule=rule,
+        fidelity=fidelity,
+        selector=selector,
+        codec=plan,
+        trace=traced,
+        prefetch=prefetch,
+        recompute=recompute,
     )
 
 
@@ -127,7 +138,9 @@ class Attachment:
         codec: CodecPlan = RAW,
         trace: Path | None = None,
         prefetch: bool | None = None,
+        recompute: bool | None = None,
     ) -> None:
+        self._costs = Costs(recompute)
         self._prefetch, self._predicts = prefetch, False
         self._trace, self._traced = trace, None if trace is None else Trace()
         self.model, self.db, self.rule, self.fidelity, self.selector = model, db, rule, fidelity, selector
@@ -231,6 +244,7 @@ class Attachment:
             if cache.writes:
                 cache.seal()
             cache.metrics.prefill_seconds = time.perf_counter() - started
+            self._learn(cache)
         except KeyboardInterrupt:
             try:
                 cache.salvage()
@@ -322,15 +336,36 @@ class Attachment:
             cache = self._new(identity, len(rows))
             try:
                 cache.restore(prefixes)
+                at_once = self._read_at_once(shared, len(rows[0])) * len(rows)
+                choice = self._costs.choose(shared, min(at_once, sum(row.absent_bytes() for row in cache.rows)))
             except BaseException as e:
                 self._drop(cache)
                 if isinstance(e, Damaged) and any(self._changed(p.spans, p.segments) for p in prefixes):
                     continue
                 raise
-            if not self.db.readonly:
+            if not choice.load:
+                self._drop(cache)
+                cache = self._new(identity, len(rows))
+            elif not self.db.readonly:
                 for prefix in prefixes:
                     self.db.touch(prefix.spans)
+            cache.metrics.reuse = choice.why
             return cache
+
+    def _read_at_once(self, stored: int, wanted: int) -> int:
+        """Bytes of a stored prefix that attention asks for before the first token is out: see `kvdb.runtime.costs`."""
+        chunks = stored // self.geometry.chunk_tokens
+        if stored == wanted and self.rule is not None and chunks:
+            stored = self.rule.look_at(chunks, self.geometry.chunk_tokens) * self.geometry.chunk_tokens
+        return stored * self.geometry.token_bytes
+
+    def _learn(self, cache: KVDBCache) -> None:
+        """What a prefill took, reading and computing apart."""
+        metrics, seconds, fetched = cache.metrics, cache.timeline.seconds, cache.stats()["kv_bytes_fetched"]
+        if 2 * fetched > metrics.prefill_bytes_read:
+            self._costs.reading.note(fetched, seconds["read"])
+        computing = metrics.prefill_seconds - seconds["read"] - seconds["wait"] - seconds["commit"]
+        self._costs.computing.note(metrics.prefill_tokens, computing)
 
     @property
     def _accepted(self) -> tuple[str, ...]:

@@ -117,6 +117,13 @@ class History:
         whole = sum(part.chunks / part.segment.info.chunks * payload_bytes(part.segment.info) for part in self._sealed)
         return round(whole) + started * self.geometry.token_bytes
 
+    def absent_bytes(self) -> int:
+        """Bytes of what is sealed that are not in memory, as far as can be told."""
+        absent = sum(
+            part.chunks / part.segment.info.chunks * self._reader.absent_bytes(part.segment) for part in self._sealed
+        )
+        return round(absent)
+
     def chunk_bytes(self, layers: tuple[int, ...]) -> int:
         """Bytes of rows of the whole chunks of some layers, compressed or not."""
         return sum(part.chunks * self._chunk_bytes(part.segment.info, layers) for part in self._sealed)

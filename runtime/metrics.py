@@ -10,12 +10,14 @@ from typing import Any
 class Metrics:
     """Counters of one cache, all rows together. Bytes are KV bytes requested from segments, abstracts not included.
 
+    reuse                   why a stored prefix was loaded, or computed again
     ranges_evaluated        ranges and records that selectors scored, over all steps and layers; abstract_bytes_read: for that,
                             and for estimates of what was not read
     unread_mass_bound       largest proven share of softmax mass left unread at any step; None: nothing was proven
     mass_sum, mass_samples  attention mass of what was read, estimated on sampled steps (see selection)
     """
 
+    reuse: str = ""
     prompt_tokens: int = 0
     reused_tokens: int = 0
     prefill_tokens: int = 0
@@ -45,6 +47,7 @@ class Metrics:
     def as_dict(self) -> dict[str, Any]:
         """JSON-safe; the names of the command line's `--json`."""
         return {
+            "reuse": self.reuse,
             "prompt_tokens": self.prompt_tokens,
             "reused_tokens": self.reused_tokens,
             "prefill_tokens": self.prefill_tokens,

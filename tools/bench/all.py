@@ -9,6 +9,7 @@ from kvdb.tools.bench import (
     commit,
     decode,
     gather,
+    prefill,
     recoded,
     reuse,
     scale,
@@ -23,6 +24,7 @@ from kvdb.tools.evaluate.command import evaluate
 def run() -> None:
     """Run them one after the other, so that none disturbs another."""
     reuse.run()
+    prefill.run()
     decode.run()
     codecs.run()
     recoded.run()

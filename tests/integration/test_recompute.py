@@ -1,0 +1,57 @@
+"""Whether a stored prefix is loaded or computed again changes time, and nothing else."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import opened
+from tiny_models import greedy, prompt, tiny
+
+from kvdb import files
+from kvdb.reader import Reader
+from kvdb.runtime import attach
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+def test_a_prefix_on_a_slow_disk_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once both are known: first it is loaded, which shows how slow that is."""
+    model, ids = tiny("llama"), prompt(3000)
+    with opened(tmp_path / "s") as db, attach(model, db, exact=True) as kv:
+        kv.save(kv.cache(ids[:, :2400]))
+        expected = greedy(model, ids, kv.cache(ids), 6)
+        real = Reader._check
+
+        def slow(self: Reader, *args: Any) -> None:
+            time.sleep(0.05)
+            real(self, *args)
+
+        monkeypatch.setattr(Reader, "_check", slow)
+        monkeypatch.setattr(files, "resident_pages", lambda _, offset, count: torch.zeros(count, dtype=bool).numpy())
+        reused = []
+        for start in (2400, 2500):  # longer each time: what follows the prefix is prefilled
+            longer = torch.cat((ids[:, :start], prompt(300, seed=start)), 1)
+            cache = kv.cache(longer)
+            reused.append((cache.metrics.reused_tokens > 0, cache.stats()["reuse"]))
+        assert [loaded for loaded, _ in reused] == [True, False], reused
+        assert "to read" in reused[1][1]
+        monkeypatch.undo()
+        assert torch.equal(greedy(model, ids, kv.cache(ids), 6), expected)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_it_can_be_asked_for(tmp_path: Path, recompute: bool) -> None:
+    model, ids = tiny("llama"), prompt(1300)
+    with opened(tmp_path / "s") as db:
+        with attach(model, db, exact=True) as kv:
+            expected = greedy(model, ids, kv.cache(ids), 6)
+            stored = db.info()["segments"]
+        with attach(model, db, exact=True, recompute=recompute) as kv:
+            cache = kv.cache(ids)
+            assert cache.metrics.reused_tokens == (0 if recompute else 1299)
+            assert torch.equal(greedy(model, ids, cache, 6), expected)
+        assert db.info()["segments"] == stored  # what is computed again is stored once
