@@ -23,7 +23,6 @@ from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import Geometry
 from kvdb.identity import Identity
 from kvdb.reader import Reader
-from kvdb.runtime.dequantise import decoder_on
 from kvdb.runtime.history import History
 from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail, reads_nothing
 from kvdb.runtime.metrics import Metrics
@@ -83,7 +82,7 @@ class KVDBCache(Cache):
         self.take: int | None = None
         self.sampling = False
         self._reader = db.reader()
-        self._staging = Staging(dtype, device, decoder_on(device))
+        self._staging = Staging.of(dtype, device)
         self.rows = [
             History(
                 db,

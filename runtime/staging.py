@@ -1,8 +1,8 @@
-"""Staging: the buffers through which stored records come into memory. Pinned when the model is on a GPU.
+"""Staging: the memory through which stored records come to where they are computed with.
 
-Records are decoded here and taken to the device as numbers, or taken there as they are stored and decoded by it. Both buffers are
-reused by every read, so what `read_into` returns is valid until the next call. They grow to the largest read asked for and
-never shrink.
+Records are decoded here and taken to the device as numbers, or taken there as they are stored and decoded by it. On a CPU the buffer is where
+they are used: every read takes it again, so what `read_into` returns is valid until the next call. It grows to the largest read asked for
+and never shrinks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from kvdb.codecs import RecordCodec
-from kvdb.runtime.dequantise import Decoder
+from kvdb.runtime.dequantise import Decoder, decoder_on
+from kvdb.runtime.uploads import Copies, CudaCopies, UploadRing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -35,26 +36,39 @@ class Coded(NamedTuple):
 
 
 class Staging:
-    """decoder: what decodes stored rows on the device; None: nothing does."""
+    """decoder: what decodes stored rows on the device; None: nothing does. copies: how bytes come to it, where that is not memory."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, decoder: Decoder | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, decoder: Decoder | None = None, copies: Copies | None = None
+    ) -> None:
         self.dtype, self.device, self._decoder = dtype, device, decoder
-        self._pinned = device.type == "cuda"
         self._buffer = torch.empty(0, dtype=dtype)
+        self._coded = torch.empty(0, dtype=torch.uint8)
         self._views: dict[tuple[int, ...], tuple[Tensor, Array]] = {}
-        self._upload = _Upload(device)
+        self._ring = None if copies is None else UploadRing(copies)
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, device: torch.device) -> Staging:
+        """For a device as it is."""
+        return cls(dtype, device, decoder_on(device), CudaCopies(device) if device.type == "cuda" else None)
 
     @property
     def nbytes(self) -> int:
-        return self._buffer.nbytes + self._upload.nbytes
+        return self._buffer.nbytes + self._coded.nbytes + (0 if self._ring is None else self._ring.nbytes)
 
     def read_into(self, shape: tuple[int, ...], fill: Callable[[Array], None]) -> Tensor:
         """Let `fill` write a NumPy view of the given shape, and return it as a tensor on the device."""
+        if self._ring is not None:
+            count = math.prod(shape) * self.dtype.itemsize
+            sent = self._ring.send(
+                count, lambda out: fill(storage_view(torch.from_numpy(out).view(self.dtype).view(shape)))
+            )
+            return sent.view(self.dtype).view(shape)
         if shape not in self._views:
             self._make_room(shape)
         host, view = self._views[shape]
         fill(view)
-        return host if self.device.type == "cpu" else host.to(self.device)
+        return host
 
     def decodes(self, codecs: Iterable[RecordCodec]) -> bool:
         """Whether rows of these codecs are for `read_coded`: the device decodes them all, and some are not records as they are."""
@@ -77,50 +91,30 @@ class Staging:
             for part, start, stop in zip(parts, starts, starts[1:], strict=False):
                 part.fill(out[start:stop].reshape(-1, part.row_bytes))
 
-        sent = self._upload.send(starts[-1], fill)
+        sent = self._take(starts[-1], fill)
         to = sent[: columns.nbytes].view(torch.int64).split([len(part.columns) for part in parts])
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
         for part, each, start, stop in zip(parts, to, starts, starts[1:], strict=False):
             self._decoder.decode(part.codec, sent[start:stop].view(-1, part.row_bytes), each, out)
         return out
 
+    def _take(self, count: int, fill: Callable[[Array], None]) -> Tensor:
+        """Coded bytes on the device; in memory, a buffer that the next ones take."""
+        if self._ring is not None:
+            return self._ring.send(count, fill)
+        if self._coded.numel() < count:
+            self._coded = torch.empty(count, dtype=torch.uint8)
+        fill(self._coded[:count].numpy())
+        return self._coded[:count]
+
     def _make_room(self, shape: tuple[int, ...]) -> None:
         count = math.prod(shape)
         if self._buffer.numel() < count or len(self._views) > 64:
             self._views.clear()
         if self._buffer.numel() < count:
-            self._buffer = torch.empty(count, dtype=self.dtype, pin_memory=self._pinned)
+            self._buffer = torch.empty(count, dtype=self.dtype)
         host = self._buffer[:count].view(shape)
         self._views[shape] = host, storage_view(host)
-
-
-class _Upload:
-    """Bytes on their way to a device, which nobody waits for but the next that come: the buffer is not written to before the last
-    ones have left it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._left: torch.cuda.Event | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self._buffer.nbytes
-
-    def send(self, count: int, fill: Callable[[Array], None]) -> Tensor:
-        """Let `fill` write `count` bytes, and return them on the device; in memory, the buffer itself."""
-        if self._left is not None:
-            self._left.synchronize()
-        if self._buffer.numel() < count:
-            self._buffer = torch.empty(count, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        host = self._buffer[:count]
-        fill(host.numpy())
-        if self._device.type == "cpu":
-            return host
-        sent = host.to(self._device, non_blocking=True)
-        self._left = torch.cuda.Event()
-        self._left.record(torch.cuda.current_stream(self._device))
-        return sent
 
 
 def storage_view(tensor: Tensor) -> Array:

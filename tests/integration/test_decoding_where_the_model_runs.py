@@ -16,7 +16,7 @@ from helpers import assert_healthy, flip, opened
 from tiny_models import answer, prompt, tiny
 from torch import Tensor
 
-import kvdb.runtime.cache
+import kvdb.runtime.staging
 from kvdb import KVDB, format
 from kvdb.codecs import CODECS, RecordCodec
 from kvdb.errors import Damaged
@@ -58,7 +58,7 @@ def conversation(
         opened(path) as db,
         attach(model, db, codec=codec, **rule) as kv,
     ):
-        patch.setattr(kvdb.runtime.cache, "decoder_on", lambda device: decoder)
+        patch.setattr(kvdb.runtime.staging, "decoder_on", lambda device: decoder)
         for turn in (ids[:, :tokens], ids):
             cache = kv.cache(turn)
             found.append(answer(model, turn, cache).logits)
@@ -101,7 +101,7 @@ def test_a_codec_that_is_not_known_there_is_decoded_on_the_cpu(tmp_path: Path) -
 def test_damage_is_found_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And named as ever."""
     model, ids, path = tiny("llama"), prompt(TOKENS), tmp_path / "s"
-    monkeypatch.setattr(kvdb.runtime.cache, "decoder_on", lambda device: Codecs())
+    monkeypatch.setattr(kvdb.runtime.staging, "decoder_on", lambda device: Codecs())
     with opened(path) as db, attach(model, db, codec="int4", exact=True) as kv:
         kv.save(kv.cache(ids), name="n")
         coded = next(s for s in db.segments(db.sequence("n").spans) if s.info.start == 16)
