@@ -36,6 +36,7 @@ from kvdb.prefix import Tokens
 from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, register
 from kvdb.runtime.cache import KVDBCache, Prefix, expect_exact_keys
 from kvdb.runtime.costs import Costs
+from kvdb.runtime.device_cache import DeviceCache, device_bytes, shapes_of
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
 from kvdb.runtime.prediction import watch
 from kvdb.runtime.prefill import PrefillProgress, prefill
@@ -63,6 +64,8 @@ def attach(
     trace: str | os.PathLike[str] | None = None,
     prefetch: bool | None = None,
     recompute: bool | None = None,
+    device_budget: int | str | None = None,
+    device_policy: str = "lru",
 ) -> Attachment:
     """Join a causal language model of transformers to a store. A context manager.
 
@@ -79,6 +82,8 @@ def attach(
     trace     a file, written at the end of the 'with' block: each stage of each step and layer as a time line, in Chrome's trace format
     prefetch  read ahead what the next layer is likely to choose: always, never, or (None) where that is measured to be faster
     recompute compute a stored prefix again instead of reading it: always, never, or (None) where that is estimated to take less time
+    device_budget  most that selected records kept on a GPU may take, "4GiB" say, for each cache; a quarter of what is free when not given
+    device_policy  which of them go first: "lru", "lfu" or "importance"
     raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
     """
     given = {"budget": budget, "threshold": threshold, "mass": mass, "certified": certified, "exact": exact or None}
@@ -121,6 +126,8 @@ def attach(
         trace=traced,
         prefetch=prefetch,
         recompute=recompute,
+        device_bytes=device_bytes(_device(model), device_budget, device_policy),
+        device_policy=device_policy,
     )
 
 
@@ -139,7 +146,10 @@ class Attachment:
         trace: Path | None = None,
         prefetch: bool | None = None,
         recompute: bool | None = None,
+        device_bytes: int | None = None,
+        device_policy: str = "lru",
     ) -> None:
+        self._device_bytes, self._device_policy = device_bytes, device_policy
         self._costs = Costs(recompute)
         self._prefetch, self._predicts = prefetch, False
         self._trace, self._traced = trace, None if trace is None else Trace()
@@ -378,6 +388,10 @@ class Attachment:
         return not (self.db.holds(spans) and self.db.agrees(segments))
 
     def _new(self, identity: Identity, batch: int) -> KVDBCache:
+        tier = None
+        if self._device_bytes:
+            shapes, dtype, device = shapes_of(self.geometry), _dtype(self.model), _device(self.model)
+            tier = DeviceCache(self._device_bytes, shapes, dtype, device, self._device_policy)
         cache = KVDBCache(
             self.db,
             identity,
@@ -393,6 +407,7 @@ class Attachment:
             model_label=str(getattr(self.config, "_name_or_path", "") or self.config.model_type),
             trace=self._traced,
             prefetch=self._prefetch,
+            device_tier=tier,
         )
         if self._prefetch is not False and not self._predicts:
             cache.prefetch.give_up("the model's decoder layers are not found")

@@ -23,6 +23,7 @@ from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import Geometry
 from kvdb.identity import Identity
 from kvdb.reader import Reader
+from kvdb.runtime.device_cache import DeviceCache
 from kvdb.runtime.history import History
 from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail, reads_nothing
 from kvdb.runtime.metrics import Metrics
@@ -69,6 +70,7 @@ class KVDBCache(Cache):
         model_label: str,
         trace: Trace | None = None,
         prefetch: bool | None = None,
+        device_tier: DeviceCache | None = None,
     ) -> None:
         """identify: the model's identity as it is now. windows: of layers that have one. rule: None is exact. prefetch: see `Prefetch`."""
         self.db, self.identity, self.geometry, self.dtype = db, identity, geometry, dtype
@@ -82,7 +84,7 @@ class KVDBCache(Cache):
         self.take: int | None = None
         self.sampling = False
         self._reader = db.reader()
-        self._staging = Staging.of(dtype, device)
+        self._staging, self._device_tier = Staging.of(dtype, device), device_tier
         self.rows = [
             History(
                 db,
@@ -94,6 +96,7 @@ class KVDBCache(Cache):
                 codec,
                 model_label,
                 self.timeline,
+                device_tier,
             )
             for _ in range(batch)
         ]
@@ -150,6 +153,7 @@ class KVDBCache(Cache):
             "kv_bytes_stored": sum(row.stored_bytes() for row in self.rows),
             "stage_seconds": dict(self.timeline.seconds),
             "prefetch": self.prefetch.stats(),
+            "device_tier": None if self._device_tier is None else self._device_tier.stats(),
         }
 
     # -- restoring

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kvdb import forks
@@ -23,6 +24,7 @@ from kvdb.format import SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import EXACT, Identity, joined_fidelity
 from kvdb.reader import Reader
+from kvdb.runtime.device_cache import DeviceCache, Rows
 from kvdb.runtime.gather import Lent
 from kvdb.runtime.selection import Resident, Selector
 from kvdb.runtime.staging import Array, Coded, Staging, storage_view
@@ -74,7 +76,9 @@ class History:
         codec: CodecPlan,
         model_label: str,
         timeline: Timeline,
+        device_tier: DeviceCache | None = None,
     ) -> None:
+        self._device_tier = device_tier
         self.db, self.identity, self.geometry = db, identity, geometry
         self.abstracts, self.codec, self.model_label = abstracts, codec, model_label
         self.tokens: list[int] = []
@@ -242,13 +246,17 @@ class History:
         asked = np.ones((heads, n), bool) if counts is None else np.arange(n) < counts.cpu().numpy()[:, None]
         for part in self._sealed:
             inside = asked & (wanted >= part.first) & (wanted < part.stop)
+            records = ((wanted - part.first) * heads + self._heads[layer])[inside]
+            if self._device_tier is not None:
+                shape = (self.geometry.chunk_tokens, self._dims[layer])
+                records = self._device_tier.absent(self._rows(part.segment, layer, records), shape)
             with self._naming(part.segment):
-                self._reader.expect(part.segment, layer, ((wanted - part.first) * heads + self._heads[layer])[inside])
+                self._reader.expect(part.segment, layer, records)
 
     def select(self, layer: int, chunks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of chosen chunks per KV head: chunks (kv_heads, n) -> (kv_heads, n * chunk_tokens, head_dim) twice."""
         self._behind.wait(layer)
-        return self._gather(self._parts(layer), layer, chunks.cpu().numpy())
+        return self._gather(self._parts(layer), layer, chunks.cpu().numpy(), selected=True)
 
     def select_each(self, layer: int, chunks: Tensor, counts: Tensor) -> list[tuple[Tensor, Tensor]]:
         """K and V of the first `counts` chunks of every KV head: for each head (tokens, head_dim) twice.
@@ -258,7 +266,7 @@ class History:
         self._behind.wait(layer)
         wanted = np.arange(chunks.shape[1]) < counts.cpu().numpy()[:, None]
         heads = np.broadcast_to(self._heads[layer], wanted.shape)
-        both = self._read_records(self._parts(layer), layer, chunks.cpu().numpy()[wanted], heads[wanted])
+        both = self._read_records(self._parts(layer), layer, chunks.cpu().numpy()[wanted], heads[wanted], selected=True)
         each = both.split(counts.tolist(), 1)
         return [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in each]
 
@@ -272,19 +280,47 @@ class History:
         heads = len(self._heads[layer])
         return self._gather(parts, layer, np.broadcast_to(np.arange(start, stop), (heads, stop - start)))
 
-    def _gather(self, parts: list[Part], layer: int, chunks: Array) -> tuple[Tensor, Tensor]:
+    def _gather(self, parts: list[Part], layer: int, chunks: Array, *, selected: bool = False) -> tuple[Tensor, Tensor]:
         """chunks (kv_heads, n): which to read for each KV head; every one lies in one of `parts`."""
         heads, n = chunks.shape
-        both = self._read_records(
-            parts, layer, chunks.ravel(), np.broadcast_to(self._heads[layer], chunks.shape).ravel()
-        )
+        of_heads = np.broadcast_to(self._heads[layer], chunks.shape).ravel()
+        both = self._read_records(parts, layer, chunks.ravel(), of_heads, selected=selected)
         k, v = both.view(2, heads, n * self.geometry.chunk_tokens, self._dims[layer])
         return k, v
 
-    def _read_records(self, parts: list[Part], layer: int, chunks: Array, of_heads: Array) -> Tensor:
+    def _read_records(self, parts: list[Part], layer: int, chunks: Array, of_heads: Array, *, selected: bool) -> Tensor:
         """Chunk chunks[i] of KV head of_heads[i], for every i: (2, n, chunk_tokens, head_dim), K first."""
+        shares = list(self._shares(parts, layer, chunks, of_heads))
         with self._reading(layer):
-            return self._read_shares(list(self._shares(parts, layer, chunks, of_heads)), layer, len(chunks))
+            if self._device_tier is not None and (selected or self._all_fits(self._device_tier, layer)):
+                return self._through(self._device_tier, shares, layer, len(chunks))
+            return self._read_shares(shares, layer, len(chunks))
+
+    def _all_fits(self, tier: DeviceCache, layer: int) -> bool:
+        """Whether dense attention finds there at the next step what it reads at this one: of less than all, it would find nothing."""
+        shape = (self.geometry.chunk_tokens, self._dims[layer])
+        alike = [other for other, dim in self._dims.items() if dim == shape[1]]
+        return tier.holds(shape, sum(self.chunks(other) * len(self._heads[other]) for other in alike))
+
+    def _through(self, tier: DeviceCache, shares: list[Share], layer: int, records: int) -> Tensor:
+        """As `_read_shares`, of records that the device tier may have."""
+        shape, parts = (self.geometry.chunk_tokens, self._dims[layer]), list[Tensor]()
+        for segment, wanted, _ in shares:
+
+            def read(missing: Array, segment: Segment = segment) -> Tensor:
+                return self._read_shares([Share(segment, missing, None)], layer, len(missing))
+
+            parts.append(tier.gather(self._rows(segment, layer, wanted), shape, read))
+        if len(parts) == 1:
+            return parts[0]
+        out = torch.empty((2, records, *shape), dtype=parts[0].dtype, device=parts[0].device)
+        for share, part in zip(shares, parts, strict=True):
+            assert share.columns is not None
+            out[:, torch.from_numpy(share.columns).to(out.device)] = part
+        return out
+
+    def _rows(self, segment: Segment, layer: int, wanted: Array) -> Rows:
+        return Rows((segment.info.segment, layer), segment.info.capacity * len(self._heads[layer]), wanted)
 
     @contextlib.contextmanager
     def _reading(self, layer: int) -> Iterator[None]:
