@@ -14,6 +14,7 @@
     │   ├── StoreLocked (TimeoutError)   another process holds the lock
     │   └── OutOfMemory (MemoryError)    the catalog cannot be mapped: no sign of damage, free memory and try again
     ├── StorageFull (OSError)            disk or quota is full: nothing was committed, earlier data is intact
+    ├── Stalled (TimeoutError)           a device has not answered in time: nothing is known of the bytes, ask again later
     ├── Damaged                          bytes on disk are not what was written: verify, then recompute
     ├── SequenceNotFound (KeyError)
     └── IdentityMismatch                 KV of other weights, dtype or config: never reused
@@ -86,6 +87,11 @@ class OutOfMemory(StoreError, MemoryError):
 
 class StorageFull(KVDBError, OSError):
     kind = "storage-full"
+    __str__ = Exception.__str__
+
+
+class Stalled(KVDBError, TimeoutError):
+    kind = "stalled"
     __str__ = Exception.__str__
 
 

@@ -24,11 +24,14 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
-from kvdb.errors import Damaged, StorageFull, StoreLocked
+from kvdb.errors import Damaged, StorageFull, StoreLocked, Unsupported
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_READ, _PREAD = _LIBC.read, _LIBC.pread
+_READ.argtypes, _READ.restype = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_ssize_t
+_PREAD.argtypes, _PREAD.restype = (*_READ.argtypes, ctypes.c_int64), ctypes.c_ssize_t
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _WILL_NEED: Final = 3
@@ -74,6 +77,34 @@ def open_read(path: Path) -> int:
     return fd
 
 
+def make_direct(fd: int, path: Path) -> int:
+    """Have all reads through a descriptor go past the page cache from here on, and each return when its bytes are there. Returns what
+    their offsets, sizes and addresses must be multiples of, in bytes.
+
+    raises  Unsupported where the file system has no such reads
+    """
+    align = _direct_alignment(fd)
+    try:
+        if not align:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK | os.O_DIRECT)
+    except (OSError, AttributeError) as e:
+        raise Unsupported(
+            f"{path}: {e}, expected a file system with reads past the page cache (O_DIRECT); use read_mode 'mmap' or 'pread'"
+        ) from e
+    return align
+
+
+def _direct_alignment(fd: int) -> int:
+    """What Linux 6.1 and later say of O_DIRECT on a file, 0 for "cannot be"; of others, what all devices can do."""
+    told = (ctypes.c_uint32 * 64)()  # struct statx
+    at_empty_path, dioalign, mem_align, offset_align = 0x1000, 0x2000, 152 // 4, 156 // 4
+    call = getattr(_LIBC, "statx", None)
+    if call is None or call(fd, b"", at_empty_path, dioalign, told) or not told[0] & dioalign:
+        return _mmap.PAGESIZE
+    return max(told[mem_align], told[offset_align])
+
+
 def _open_as_it_is(path: Path, access: int) -> int:
     """Follow no symbolic link and wait for no pipe."""
     try:
@@ -86,6 +117,11 @@ def _open_as_it_is(path: Path, access: int) -> int:
 
 def close(fd: int) -> None:
     os.close(fd)
+
+
+def duplicate(fd: int) -> int:
+    """Another descriptor for what is open."""
+    return os.dup(fd)
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
@@ -305,6 +341,23 @@ def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
     except OSError as e:
         _name(e, fd)
         raise
+
+
+def read_to(fd: int, address: int, count: int, offset: int) -> int:
+    """One read into memory at `address`, which may be short; returns how many bytes. Other threads run meanwhile.
+
+    A pipe, which has no offsets, is read as it comes, as io_uring does.
+
+    raises  OSError, EFAULT among them
+    """
+    found: int = _PREAD(fd, address, count, offset)
+    if found < 0 and ctypes.get_errno() == errno.ESPIPE:
+        found = _READ(fd, address, count)
+    if found < 0:
+        error = OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        _name(error, fd)
+        raise error
+    return found
 
 
 def mmap(fd: int, size: int) -> _mmap.mmap:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from kvdb.direct import DirectReader
 from kvdb.mapped import MmapReader
 from kvdb.positioned import PreadReader
 from kvdb.reader import Reader
 
-READERS: Final[dict[str, type[Reader]]] = {reader.name: reader for reader in (MmapReader, PreadReader)}
+READERS: Final[dict[str, type[Reader]]] = {reader.name: reader for reader in (MmapReader, PreadReader, DirectReader)}

@@ -18,9 +18,11 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 
 from kvdb import compact, files, folder, forks, manifests, portable, recode, repair, summarise
+from kvdb.available import available_bytes
 from kvdb.catalog import Catalog
 from kvdb.check import check_store
 from kvdb.codecs import RAW, CodecPlan
+from kvdb.direct import DirectReader
 from kvdb.entries import Found, Limits, SegmentEntry, Sequence, Span, check_name
 from kvdb.errors import (
     Damaged,
@@ -37,6 +39,7 @@ from kvdb.errors import (
 )
 from kvdb.format import FORMAT_VERSION, SegmentInfo
 from kvdb.geometry import Geometry
+from kvdb.host import HostTier
 from kvdb.identity import EXACT, Identity
 from kvdb.options import Mode, Options
 from kvdb.prefix import Tokens
@@ -49,6 +52,8 @@ from kvdb.space import Keep, Space
 from kvdb.transaction import Transaction
 
 UNLIMITED: Final = "unlimited"
+HOST_SHARE: Final = 4
+"""The host tier takes one in so many bytes of what memory is available, where nobody says how many."""
 _NAME_BYTES: Final = 16 << 10
 """Room a name takes: its manifest, and its entry."""
 
@@ -83,6 +88,10 @@ class KVDB:
         self._workspace_lock: int | None = None
         self._making_workspace = threading.Lock()
         self._verified = Verified()
+        self.host: HostTier | None = None
+        if options.read_mode == "direct":
+            budget = options.host_budget
+            self.host = HostTier(available_bytes() // HOST_SHARE if budget is None else budget, options.host_policy)
         self._used: dict[str, int] = {}  # segment -> hits since the last write transaction
         self._held: int | None = folder.hold(path, exclusive=False, timeout_s=options.lock_timeout_s)
         opened = contextlib.ExitStack()
@@ -135,13 +144,17 @@ class KVDB:
         retention: str = "lru",
         grace_s: float = 10.0,
         lock_timeout_s: float = 30.0,
+        host_budget: int | str | None = None,
+        host_policy: str = "lru",
+        read_deadline_s: float = 30.0,
     ) -> KVDB:
         """Open or create a store.
 
         mode        "r" read only; "r+" existing store, read and write; "a" (default) create if missing;
                     "w" create, replacing an existing store; "w-" create, fail if it exists
         salt        tenant salt: KV is only shared between handles with the same salt
-        read_mode   "mmap" (default on Linux) or "pread" (network file systems, macOS)
+        read_mode   "mmap" (default on Linux), "pread" (network file systems, macOS) or "direct": past the page cache, many reads at a
+                    time, into memory of our own
         verify      compare records with their digests "always", "first" time each is read (default), or "never"
         durability  "commit": on disk when a commit returns; "relaxed": a power failure may lose the last commits, and
                     never more; `sync` and `close` make them durable
@@ -151,6 +164,10 @@ class KVDB:
         retention   which unnamed KV goes first
         grace_s     how long deleted files stay readable, unless room is needed
         lock_timeout_s  how long to wait for another writer
+        host_budget  with read_mode "direct": most that its memory may take for all readers together, "1GiB" say; a quarter of what
+                    is available when not given
+        host_policy  which records leave it first: "lru", "lfu" or "importance"
+        read_deadline_s  with read_mode "direct": how long a read waits for the device before it is Stalled
         raises      StoreNotFound, NotAStore, NewerFormat, OlderFormat, Damaged, StoreLocked; Unsupported on systems other
                     than Linux and macOS; InvalidInput for an unknown option; OSError for permissions
         """
@@ -164,6 +181,9 @@ class KVDB:
             retention=retention,
             grace_s=grace_s,
             lock_timeout_s=lock_timeout_s,
+            host_budget=None if host_budget is None else parse_bytes("KVDB.open: host_budget", host_budget),
+            host_policy=host_policy,
+            read_deadline_s=read_deadline_s,
         )
         if size_cap not in (None, UNLIMITED):
             size_cap = parse_bytes("KVDB.open: size_cap", size_cap)
@@ -240,6 +260,8 @@ class KVDB:
         if self._workspace_lock is not None:
             files.close(self._workspace_lock)
             self._workspace_lock = None
+        if self.host is not None:
+            self.host.close()
         self.catalog.close()
         if self._held is not None:
             files.close(self._held)
@@ -265,6 +287,9 @@ class KVDB:
 
     def reader(self) -> Reader:
         """A reader of its own for one thread of generation; close it after use."""
+        if self.host is not None:
+            deadline_s = self.options.read_deadline_s
+            return DirectReader(self.options.verify, self._verified, tier=self.host, deadline_s=deadline_s)
         return READERS[self.read_mode](self.options.verify, self._verified)
 
     # -- reading

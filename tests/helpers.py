@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 import kvdb
-from kvdb import EXACT, KVDB, Geometry, Identity, LayerGroup, Span
+from kvdb import EXACT, KVDB, Geometry, Identity, LayerGroup, Span, files
 from kvdb.abstracts import ABSTRACTS
 from kvdb.abstracts.centroid import NOBODY, unpack
 from kvdb.codecs import RAW, CodecPlan
+from kvdb.errors import Unsupported
 from kvdb.geometry import as_float32, div_ceil, from_float32
 from kvdb.options import Mode
 from kvdb.reader import Reader
@@ -280,3 +282,26 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> str:
     out, err = process.communicate(timeout=timeout_s)
     assert process.returncode == 0, err
     return out
+
+
+def takes_direct(folder: Path) -> bool:
+    """Whether files in a folder can be read past the page cache; in memory (tmpfs) none can."""
+    path = folder / "takes-direct"
+    path.write_bytes(bytes(4096))
+    fd = files.open_read(path)
+    try:
+        files.make_direct(fd, path)
+        return True
+    except Unsupported:
+        return False
+    finally:
+        files.close(fd)
+        path.unlink()
+
+
+def skip_where_refused(kind: type[Reader], folder: Path) -> None:
+    """Skip a test of a reader that the file system of a folder refuses."""
+    if kind.name == "direct" and not takes_direct(folder):
+        pytest.skip(
+            f"{folder} is on a file system without O_DIRECT, expected one with it, such as ext4; see --basetemp"
+        )

@@ -178,8 +178,11 @@ def ask(
         Literal["first", "always", "never"], typer.Option(help="When stored KV is compared with its digests.")
     ] = "first",
     read_mode: Annotated[
-        Literal["mmap", "pread"] | None,
-        typer.Option(help="How stored KV is read; pread for network file systems.", show_default="mmap on Linux"),
+        Literal["mmap", "pread", "direct"] | None,
+        typer.Option(
+            help="How stored KV is read; pread for network file systems, direct past the page cache.",
+            show_default="mmap on Linux",
+        ),
     ] = None,
     threads: Threads = None,
     stats: Stats = None,

@@ -30,6 +30,7 @@ from helpers import (
     identity,
     opened,
     python,
+    skip_where_refused,
     token_list,
 )
 from hypothesis import given
@@ -38,6 +39,7 @@ from hypothesis import strategies as st
 from kvdb import KVDB, format
 from kvdb.errors import Damaged
 from kvdb.format import SegmentInfo
+from kvdb.readers import READERS
 from kvdb.segments import layout
 
 GOOD, BAD = token_list(40, 1), token_list(50)
@@ -175,12 +177,13 @@ def test_a_missing_or_resized_file_is_found(case: Case, tmp_path: Path, array: s
         assert all(p.loc.startswith(f"segment {case.info.segment}, file ") for p in problems)
 
 
-@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+@pytest.mark.parametrize("read_mode", READERS)
 @pytest.mark.parametrize("damage", ["missing", "empty", "half"])
 @pytest.mark.parametrize("group", [0, 1])
 def test_a_missing_or_short_shard_is_refused_and_others_still_read(
     case: Case, tmp_path: Path, group: int, damage: str, read_mode: str
 ) -> None:
+    skip_where_refused(READERS[read_mode], tmp_path)
     root = case.copy(tmp_path / "s")
     path = case.file(root, f"kv{group}")
     data = path.read_bytes()
@@ -248,8 +251,9 @@ def special(scratch: Path, what: str, plant: str = "") -> Ended:
     return Ended(*json.loads(finish(python(code, str(scratch), what, plant))))
 
 
-@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+@pytest.mark.parametrize("read_mode", READERS)
 def test_a_shard_cut_after_it_was_opened_is_an_error_at_the_first_touch(scratch: Path, read_mode: str) -> None:
+    skip_where_refused(READERS[read_mode], scratch)
     ended = special(scratch, read_mode)
     assert ended.harm is None
     assert re.match(r"segment \w{32}, .*file .*expected", ended.answer)

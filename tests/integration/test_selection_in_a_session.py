@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import opened
+from helpers import opened, skip_where_refused
 from tiny_models import greedy, prompt, tiny
 from torch import Tensor
 
 from kvdb import KVDB
 from kvdb.abstracts import ABSTRACTS
 from kvdb.errors import InvalidInput, Unsupported
+from kvdb.readers import READERS
 from kvdb.runtime import attach
 from kvdb.runtime.selection import SELECTORS, CentroidSelector
 
@@ -62,12 +63,13 @@ def test_every_selector_serves_every_rule_or_refuses_it_at_once(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("codec", ["raw", "int8", "int4;1=raw"])
-@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+@pytest.mark.parametrize("read_mode", READERS)
 def test_attention_where_records_lie_is_that_over_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, codec: str, read_mode: str
 ) -> None:
     """In a history of several segments, the last of them still being written."""
     model, ids = tiny("llama", dtype=dtype), prompt(1500)
+    skip_where_refused(READERS[read_mode], tmp_path)
     with opened(tmp_path / "s", read_mode=read_mode) as db:
         for rule in ({"budget": 0.2}, {"threshold": 0.01}, {"mass": 0.9}):
             found, covered = [], []

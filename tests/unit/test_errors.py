@@ -18,6 +18,7 @@ BUILTINS = {
     "StoreLocked": TimeoutError,
     "OutOfMemory": MemoryError,
     "StorageFull": OSError,
+    "Stalled": TimeoutError,
     "SequenceNotFound": KeyError,
 }
 
@@ -55,6 +56,7 @@ def test_kinds_are_unique_and_stable() -> None:
         "StoreLocked": "locked",
         "OutOfMemory": "out-of-memory",
         "StorageFull": "storage-full",
+        "Stalled": "stalled",
         "Damaged": "damaged",
         "SequenceNotFound": "sequence-not-found",
         "IdentityMismatch": "identity-mismatch",

@@ -108,7 +108,7 @@ def test_mode_w_refuses_a_store_that_is_open(path: Path) -> None:
     [
         ("mode", "rw"),
         ("mode", ""),
-        ("read_mode", "direct"),
+        ("read_mode", "fast"),
         ("verify", "sometimes"),
         ("durability", "none"),
         ("retention", "newest"),
@@ -116,6 +116,9 @@ def test_mode_w_refuses_a_store_that_is_open(path: Path) -> None:
         ("lock_timeout_s", float("nan")),
         ("min_free", "lots"),
         ("size_cap", "-1"),
+        ("host_budget", "much"),
+        ("host_policy", "newest"),
+        ("read_deadline_s", -1.0),
     ],
 )
 def test_an_unknown_option_is_refused(path: Path, option: str, value: str) -> None:

@@ -3,8 +3,9 @@
     python -m kvdb.tools.bench.cold --folder /mnt/disk
 
 fio reads past the page cache (libaio, O_DIRECT) and keeps as many requests in flight as a reader is asked for records at
-a time: 256, or 8 MiB. A reader's queue drains at the end of each read, and it fills the page cache and copies, which
-fio does not: all that is part of what is measured. Before each run the file is forced out of the page cache.
+a time: 256, or 8 MiB. A reader's queue drains at the end of each read, and it fills the page cache, or memory of its own, and copies,
+which fio does not: all that is part of what is measured. What helps a reader is measured too: records that happen to follow each other
+are read together, and of large ones a layer has so few that many do. Before each run the file is forced out of the page cache.
 """
 
 from __future__ import annotations

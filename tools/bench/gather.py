@@ -84,8 +84,9 @@ def _measure(path: Path, kib: int, mib: int, passes: int) -> Iterator[dict[str, 
             taken.append([])
         batches = list(_batches(records, len(flat), number))
         for step in range(len(batches)):
+            count = 2 + len(ways)
             apart = (
-                batches[(step + i * len(batches) // 8) % len(batches)] for i in range(8)
+                batches[(step + i * len(batches) // count) % len(batches)] for i in range(count)
             )  # never what is in the CPU's cache
             layer, wanted = next(apart)
             plain[-1].append(seconds(lambda: np.take(memory, wanted + layer * records, axis=0, out=flat, mode="clip")))  # noqa: B023

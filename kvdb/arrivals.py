@@ -1,0 +1,117 @@
+"""Rows on their way from a file into memory: what was asked of the device, and what came of it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvdb.errors import Damaged
+from kvdb.extents import Extents, around, exactly
+from kvdb.requests import Requests, Ticket
+from kvdb.slabs import private_pages
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class RowFile:
+    """A sealed file of rows, open with O_DIRECT.
+
+    key    what tells its content from any other's
+    rows   how many it has
+    align  bytes that offsets, sizes and addresses of reads must be multiples of
+    where  names segment and file, for messages
+    """
+
+    key: tuple[int, int, int]
+    fd: int
+    row_bytes: int
+    rows: int
+    align: int
+    where: str
+    path: Path
+
+
+@dataclass(eq=False, slots=True)
+class Arrival:
+    """Some rows of a file, ascending, each to its place in `memory`.
+
+    number  from 1 on, in a tier
+    memory  (m, row_bytes) uint8, C-contiguous from a page on
+    slots   (n,) int64: which row of `memory` each goes to
+    pooled  whether `memory` is a pool's, whose slots are pinned until this is over
+    failed  once it is over: row -> (offset, bytes that came of the read with it, or -errno), of rows that are not there
+    """
+
+    number: int
+    file: RowFile
+    rows: Array
+    slots: Array
+    memory: Array
+    pooled: bool
+    over: bool = False
+    failed: dict[int, tuple[int, int]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ticket: Ticket | None = None
+    _extents: Extents | None = None
+    _bounce: Array | None = None
+
+    def submit(self, requests: Requests) -> int:
+        """Ask for all rows; returns the bytes that were asked for. Called once."""
+        file, row = self.file, self.file.row_bytes
+        if row % file.align:
+            asked = around(self.rows, row, file.align)
+            ends = np.cumsum(asked.sizes)
+            self._bounce = np.frombuffer(private_pages(int(ends[-1])), np.uint8)
+            addresses = self._bounce.ctypes.data + ends - asked.sizes
+        else:
+            asked = exactly(self.rows, self.slots, row)
+            addresses = self.memory.ctypes.data + self.slots[asked.first] * row
+        self._extents = asked
+        keep = self.memory if self._bounce is None else self._bounce
+        self.ticket = requests.submit(file.fd, asked.offsets, asked.sizes, addresses, keep)
+        return int(asked.sizes.sum())
+
+    def take(self, results: Array) -> Array:
+        """Put what came where it belongs, and note what did not: returns which of the rows are there, (n,) of bool.
+
+        results  (m,) int64: what `Requests.wait` says of the reads
+        """
+        asked, row = self._extents, self.file.row_bytes
+        assert asked is not None
+        there: Array = results[asked.of] >= asked.at + row
+        if self._bounce is not None and there.any():
+            starts = (np.cumsum(asked.sizes) - asked.sizes)[asked.of] + asked.at
+            windows = np.lib.stride_tricks.as_strided(self._bounce, (len(self._bounce) - row + 1, row), (1, 1))
+            self.memory[self.slots[there]] = windows[starts[there]]
+        for i in np.flatnonzero(~there).tolist():
+            found = int(results[asked.of[i]])
+            self.failed[int(self.rows[i])] = (
+                int(asked.offsets[asked.of[i]]) if found < 0 else int(self.rows[i]) * row,
+                found if found < 0 else max(0, found - int(asked.at[i])),
+            )
+        self._extents = self._bounce = None
+        return there
+
+    def fail(self, number: int) -> Array:
+        """Nothing came, for the reason that an errno says; returns as `take`."""
+        self.failed = {row: (row * self.file.row_bytes, -number) for row in self.rows.tolist()}
+        return np.zeros(len(self.rows), bool)
+
+    def expect(self, rows: Array) -> None:
+        """raises  OSError or Damaged where one of `rows` is among those that are not there"""
+        if not self.failed:
+            return
+        for row in rows.tolist():
+            if row in self.failed:
+                offset, found = self.failed[row]
+                if found < 0:
+                    raise OSError(-found, os.strerror(-found), str(self.file.path))
+                raise Damaged(
+                    f"{self.file.where}: {found} bytes at {offset}, expected {self.file.row_bytes}; run 'kvdb verify'"
+                )

@@ -1,0 +1,54 @@
+"""How much memory a process may still take: of the machine, of its control group, and of what it was allowed itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from pathlib import Path
+from typing import Final
+
+_MEMINFO: Final = Path("/proc/meminfo")
+_MEMBERSHIP: Final = Path("/proc/self/cgroup")
+_GROUPS: Final = Path("/sys/fs/cgroup")
+
+
+def available_bytes(meminfo: Path = _MEMINFO, membership: Path = _MEMBERSHIP, groups: Path = _GROUPS) -> int:
+    """Bytes that can be had without pushing others out: MemAvailable, or less where a group of version 2 that this process is in, or one
+    around it, has a limit, or where its address space has one (ulimit -v). Half of the memory where the system tells nothing."""
+    found = [*_in_groups(membership, groups), *_in_address_space()]
+    told = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(meminfo), re.MULTILINE)
+    if told:
+        found.append(int(told[1]) << 10)
+    if not found:
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return max(0, min(found))
+
+
+def _in_groups(membership: Path, groups: Path) -> list[int]:
+    told = re.search(r"^0::(/.*)$", _text(membership), re.MULTILINE)
+    found = []
+    if told:
+        group = groups / told[1].lstrip("/")
+        for place in (group, *group.parents):
+            if not place.is_relative_to(groups):
+                break
+            limit, used = _text(place / "memory.max").strip(), _text(place / "memory.current").strip()
+            cached = re.search(r"^inactive_file (\d+)$", _text(place / "memory.stat"), re.MULTILINE)
+            if limit.isdigit() and used.isdigit():  # "max" is no limit
+                found.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
+    return found
+
+
+def _in_address_space() -> list[int]:
+    limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], _text(Path("/proc/self/statm")).split()
+    if limit == resource.RLIM_INFINITY or not used:
+        return []
+    return [limit - int(used[0]) * resource.getpagesize()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

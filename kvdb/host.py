@@ -1,0 +1,352 @@
+"""The host tier: rows of sealed files in memory of our own, up to a budget; one for all readers and threads of a store handle.
+
+For files that are read with O_DIRECT, which the system does not cache. Rows of one size have a pool, made of slabs that all pools
+take out of one budget: a pool grows while there is any, takes slabs from the largest pool while it has less than its
+share, and otherwise evicts rows of its own, as its policy says.
+
+    lease   which slots rows are in; those that are in none are given one and read there, those that someone else is reading are
+            waited for. What was leased stays where it is until it is released.
+
+Beside the budget a read may need memory of its own while it lasts: for the blocks around rows that do not begin and end with one, and
+for rows for which there is no slot, all being leased, or a row being larger than the budget. Locks are held for
+bookkeeping only, never while waiting for a device.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from kvdb import files, forks
+from kvdb.arrivals import Arrival, RowFile
+from kvdb.errors import InvalidInput, Stalled
+from kvdb.replacement import REPLACEMENT
+from kvdb.requests import Requests, best_requests
+from kvdb.slabs import Pool, private_pages
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_PIECE_ROWS: Final = 256
+"""Most that is asked for, and waited for, at a time: what came first can be used while the rest is under way."""
+_PIECE_BYTES: Final = 32 << 20
+
+
+class Part(NamedTuple):
+    """Some of the rows of a lease.
+
+    memory  (m, row_bytes) uint8
+    which   (k,) int64: which rows of `memory` they are
+    places  (k,) int64: which of the leased rows they are
+    """
+
+    memory: Array
+    which: Array
+    places: Array
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Lease:
+    """Rows of a file and where they are, or will be.
+
+    slots     (n,) int64: slots of `pool`, -1 for a row that has none and is read into memory of its own
+    numbers   (n,) int64: the arrival a row is waited for with, 0 for none
+    arrivals  of those that are waited for, in the order they were asked for
+    fetched   bytes that were asked of the file for this lease
+    """
+
+    file: RowFile
+    rows: Array
+    pool: Pool
+    slots: Array
+    numbers: Array
+    arrivals: list[Arrival]
+    fetched: int = 0
+
+    @property
+    def pooled(self) -> bool:
+        """Whether all rows have a slot."""
+        return bool(self.slots.min(initial=0) >= 0)
+
+
+class HostTier:
+    """Thread-safe. A child of fork starts with an empty one.
+
+    policy  a name of `kvdb.replacement.REPLACEMENT`
+    """
+
+    def __init__(self, budget_bytes: int, policy: str = "lru") -> None:
+        if policy not in REPLACEMENT:
+            raise InvalidInput(f"host tier: policy {policy!r}, expected one of {sorted(REPLACEMENT)}")
+        self.budget_bytes, self.policy = budget_bytes, policy
+        self._begin()
+        forks.watch(self)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._pools: dict[int, Pool] = {}
+        self._arrivals: dict[int, Arrival] = {}
+        self._last = 0
+        self._requests: Requests | None = None
+        self._retired: list[RowFile] = []
+
+    def after_fork(self) -> None:
+        self._begin()
+
+    # -- leasing
+
+    def lease(self, file: RowFile, rows: Array) -> Lease:
+        """Give rows a place, begin to read those that are not there, and pin all of them until `release`.
+
+        rows    (n,) int64, in the file; may repeat
+        raises  OSError where the system refuses to read
+        """
+        self._reap()
+        with self._lock:
+            pool = self._pool(file.row_bytes)
+            slots = pool.table.lookup(file.key, rows)
+            begun = self._begin_missing(pool, file, rows, slots) if slots.min(initial=0) < 0 else []
+            numbers = pool.arrival[slots] if self._arrivals else np.zeros(len(rows), np.int64)
+            waited = [self._arrivals[n] for n in np.unique(numbers[slots >= 0]).tolist() if n]
+        lease = Lease(file=file, rows=rows, pool=pool, slots=slots, numbers=numbers, arrivals=waited)
+        try:
+            self._submit(lease, begun)
+            if not lease.pooled:
+                self._submit(lease, self._begin_private(lease))
+        except BaseException:
+            self.release(lease)
+            raise
+        return lease
+
+    def wait(self, lease: Lease, timeout_s: float) -> None:
+        """Have all rows of a lease where they are to be.
+
+        raises  OSError or Damaged for a row that could not be read, Stalled after `timeout_s`: others can still be read
+        """
+        deadline = time.monotonic() + timeout_s
+        for arrival in lease.arrivals:
+            self._wait(lease, arrival, deadline, timeout_s)
+
+    def parts(self, lease: Lease, timeout_s: float) -> Iterator[Part]:
+        """Rows as they come: first those that are there, then what is waited for. Otherwise as `wait`."""
+        deadline = time.monotonic() + timeout_s
+        places = np.flatnonzero(lease.numbers == 0)
+        if len(places):
+            yield Part(lease.pool.view, lease.slots[places], places)
+        for arrival in lease.arrivals:
+            self._wait(lease, arrival, deadline, timeout_s)
+            places = np.flatnonzero(lease.numbers == arrival.number)
+            which = lease.slots[places]
+            if not arrival.pooled:
+                which = arrival.slots[np.searchsorted(arrival.rows, lease.rows[places])]
+            yield Part(arrival.memory, which, places)
+
+    def release(self, lease: Lease) -> None:
+        """Let the rows of a lease be evicted. Once for each lease; in a child of fork, of its parent's too."""
+        with self._lock:
+            lease.pool.table.release(lease.slots if lease.pooled else lease.slots[lease.slots >= 0])
+
+    def absent_bytes(self, file: RowFile) -> int:
+        """Bytes of the rows of a file that are not here."""
+        with self._lock:
+            held = self._pool(file.row_bytes).table.find(file.key, np.arange(file.rows)) >= 0
+        return (file.rows - int(np.count_nonzero(held))) * file.row_bytes
+
+    def forget(self, file: RowFile, rows: Array) -> None:
+        """Have rows read anew when they are asked for next."""
+        with self._lock:
+            self._pool(file.row_bytes).table.forget(file.key, rows)
+
+    def drop(self, file: RowFile) -> None:
+        """All rows of a file, which nobody will ask for again."""
+        with self._lock:
+            self._pool(file.row_bytes).table.drop(file.key)
+
+    def weigh(self, file: RowFile, rows: Array, weights: Array) -> None:
+        """Say what rows are worth, for a policy that looks at it: (n,) each, rows not repeated."""
+        with self._lock:
+            self._pool(file.row_bytes).table.weigh(file.key, rows, weights)
+
+    def retire(self, file: RowFile) -> bool:
+        """Nobody reads a file any more. Returns whether its descriptor is still read through: then it is closed here, later."""
+        self._reap()
+        with self._lock:
+            busy = any(arrival.file is file for arrival in self._arrivals.values())
+            if busy:
+                self._retired.append(file)
+        return busy
+
+    # -- figures
+
+    def stats(self) -> dict[str, int | str]:
+        """Rows since the beginning: found, not found, taken in, evicted. Bytes now: of slabs in use, and most that they may be."""
+        with self._lock:
+            tables = [pool.table for pool in self._pools.values()]
+            return {
+                "hits": sum(table.hits for table in tables),
+                "misses": sum(table.misses for table in tables),
+                "admitted": sum(table.admitted for table in tables),
+                "evicted": sum(table.evicted for table in tables),
+                "bytes": self.used_bytes,
+                "budget_bytes": self.budget_bytes,
+                "policy": self.policy,
+            }
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(pool.used_bytes for pool in self._pools.values())
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Give everything back but what a device still writes to; closing twice is fine. Nothing may be leased."""
+        requests, self._requests = self._requests, None
+        if requests is not None:
+            requests.close(timeout_s)
+            self._requests = requests
+            self._reap()
+        self._begin()
+
+    # -- room
+
+    def _pool(self, row_bytes: int) -> Pool:
+        pool = self._pools.get(row_bytes)
+        if pool is None:
+            pool = self._pools[row_bytes] = Pool(row_bytes, self.budget_bytes, REPLACEMENT[self.policy])
+        return pool
+
+    def _make_room(self, pool: Pool, rows: int) -> None:
+        """Give a pool slabs until it has free slots for so many rows, as far as it may have more."""
+        share = self.budget_bytes // len(self._pools)
+        while pool.table.free < rows and pool.can_grow:
+            if self.used_bytes + pool.slab_bytes > self.budget_bytes:
+                below = not pool.used_bytes or pool.used_bytes + pool.slab_bytes <= share
+                if not (below and self._take_slabs(pool)):
+                    return
+            pool.grow()
+
+    def _take_slabs(self, pool: Pool) -> bool:
+        """Make room for a slab of `pool` at the expense of others, the largest first. False where too much of them is leased."""
+        while self.used_bytes + pool.slab_bytes > self.budget_bytes:
+            others = sorted(
+                (p for p in self._pools.values() if p is not pool), key=lambda p: p.used_bytes, reverse=True
+            )
+            if not any(other.shrink() for other in others):
+                return False
+        return True
+
+    # -- arrivals
+
+    def _begin_missing(self, pool: Pool, file: RowFile, rows: Array, slots: Array) -> list[Arrival]:
+        """Give slots to rows that have none, as far as there are any, and put them into `slots`. The caller holds the lock."""
+        lacking = np.flatnonzero(slots < 0)
+        missing, inverse = np.unique(rows[lacking], return_inverse=True)
+        self._make_room(pool, len(missing))
+        given = pool.table.admit(file.key, missing, file.rows)
+        slots[lacking] = given[inverse]
+        missing, given = missing[given >= 0], given[given >= 0]
+        pool.table.pin(given)  # for the arrivals, beside the pins of the lease
+        begun = self._pieces(file, missing, given, pool.view, pooled=True)
+        for arrival in begun:
+            pool.arrival[arrival.slots] = arrival.number
+        return begun
+
+    def _begin_private(self, lease: Lease) -> list[Arrival]:
+        """Memory of their own for the rows of a lease that have no slot."""
+        file, lacking = lease.file, np.flatnonzero(lease.slots < 0)
+        rows = np.unique(lease.rows[lacking])
+        size = len(rows) * file.row_bytes
+        memory = np.frombuffer(private_pages(size), np.uint8)[:size].reshape(-1, file.row_bytes)
+        with self._lock:
+            begun = self._pieces(file, rows, np.arange(len(rows)), memory, pooled=False)
+        starts = [int(arrival.rows[0]) for arrival in begun]
+        lease.numbers[lacking] = begun[0].number - 1 + np.searchsorted(starts, lease.rows[lacking], side="right")
+        return begun
+
+    def _pieces(self, file: RowFile, rows: Array, slots: Array, memory: Array, *, pooled: bool) -> list[Arrival]:
+        """Arrivals that nobody can wait for yet: their locks are held. The caller holds ours."""
+        piece = max(1, min(_PIECE_ROWS, _PIECE_BYTES // file.row_bytes))
+        begun = []
+        for at in range(0, len(rows), piece):
+            self._last += 1
+            arrival = Arrival(self._last, file, rows[at : at + piece], slots[at : at + piece], memory, pooled)
+            arrival.lock.acquire()
+            self._arrivals[self._last] = arrival
+            begun.append(arrival)
+        return begun
+
+    def _submit(self, lease: Lease, begun: list[Arrival]) -> None:
+        """Send arrivals on their way and let everybody wait for them. What cannot be sent has failed."""
+        waited = {arrival.number for arrival in lease.arrivals}
+        lease.arrivals += [arrival for arrival in begun if arrival.number not in waited]
+        trouble: BaseException | None = None
+        for arrival in begun:
+            try:
+                if trouble is None:
+                    lease.fetched += arrival.submit(self._sending())
+            except BaseException as e:  # an interrupt too: nobody may be left waiting for what was never sent
+                trouble = e
+            if arrival.ticket is None:
+                number = trouble.errno if isinstance(trouble, OSError) else None
+                self._end(arrival, arrival.fail(number or errno.EIO))
+            arrival.lock.release()
+        if trouble is not None:
+            raise trouble
+
+    def _sending(self) -> Requests:
+        with self._lock:
+            if self._requests is None:
+                self._requests = best_requests()
+            return self._requests
+
+    def _wait(self, lease: Lease, arrival: Arrival, deadline: float, timeout_s: float) -> None:
+        if not arrival.over:
+            if not arrival.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                raise Stalled(
+                    f"{lease.file.where}: reads of another thread are not over after {timeout_s:g} s, expected all to be; look at "
+                    "the device (dmesg), and try again"
+                )
+            try:
+                if not arrival.over:
+                    self._settle(arrival, max(0.0, deadline - time.monotonic()))
+            finally:
+                arrival.lock.release()
+        arrival.expect(lease.rows)
+
+    def _settle(self, arrival: Arrival, timeout_s: float) -> None:
+        """Take what has come. The caller holds the arrival's lock.
+
+        raises  Stalled where not all has
+        """
+        assert arrival.ticket is not None
+        self._end(arrival, arrival.take(self._sending().wait(arrival.ticket, timeout_s)))
+
+    def _end(self, arrival: Arrival, there: Array) -> None:
+        """there  (n,) of bool: which rows have come"""
+        with self._lock:
+            del self._arrivals[arrival.number]
+            if arrival.pooled:
+                pool = self._pools[arrival.file.row_bytes]
+                pool.arrival[arrival.slots] = 0
+                if not there.all():
+                    pool.table.forget(arrival.file.key, arrival.rows[~there])
+                pool.table.release(arrival.slots)
+            if self._retired:
+                busy = {id(a.file) for a in self._arrivals.values()}
+                for file in [file for file in self._retired if id(file) not in busy]:
+                    self._retired.remove(file)
+                    files.close(file.fd)
+            arrival.over = True
+
+    def _reap(self) -> None:
+        """Take what has come for nobody in particular."""
+        for arrival in list(self._arrivals.values()) if self._arrivals else ():
+            if arrival.lock.acquire(blocking=False):
+                try:
+                    if not arrival.over and arrival.ticket is not None and self._sending().done(arrival.ticket):
+                        self._settle(arrival, 0.0)
+                finally:
+                    arrival.lock.release()
