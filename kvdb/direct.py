@@ -112,7 +112,6 @@ class DirectReader(PreadReader):
             self._tier.release(lease)
 
     def weigh(self, segment: Segment, layer: int, records: Array, weights: Array) -> None:
-        """Say what records, none twice, are worth: their share of attention mass, (n,) float. For a tier whose policy looks at it."""
         array, rows = self._locate(segment, layer, records)
         if array in self._direct:
             self._tier.weigh(self._direct[array], rows, weights)

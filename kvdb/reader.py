@@ -242,6 +242,10 @@ class Reader(ABC):
         if len(records):
             self._begin(*self._locate(segment, layer, records))
 
+    def weigh(self, segment: Segment, layer: int, records: Array, weights: Array) -> None:
+        """Say what records, none twice, are worth: their share of attention mass, (n,) float. For a tier whose policy looks at it."""
+        return
+
     def absent_bytes(self, segment: Segment) -> int:
         """Bytes of a segment's KV that would be read from the file; those of which nobody can tell count."""
         groups = range(len(segment.info.geometry.groups))

@@ -23,12 +23,14 @@ from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import Geometry
 from kvdb.identity import Identity
 from kvdb.reader import Reader
+from kvdb.replacement import Importance
 from kvdb.runtime.device_cache import DeviceCache
 from kvdb.runtime.history import History
 from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail, reads_nothing
 from kvdb.runtime.metrics import Metrics
 from kvdb.runtime.prefetch import REACH, Prefetch
 from kvdb.runtime.selection import DENSE_BELOW, Certified, Estimate, Forced, Plan, Scores, Selector, StopRule
+from kvdb.runtime.selection.shares import shares
 from kvdb.runtime.staging import Staging
 from kvdb.runtime.timeline import Timeline, Trace
 from kvdb.segments import Segment, codecs_of
@@ -85,6 +87,8 @@ class KVDBCache(Cache):
         self.sampling = False
         self._reader = db.reader()
         self._staging, self._device_tier = Staging.of(dtype, device), device_tier
+        policies = (db.options.host_policy, None if device_tier is None else device_tier.policy)
+        self._weighs = Importance.name in policies
         self.rows = [
             History(
                 db,
@@ -153,6 +157,7 @@ class KVDBCache(Cache):
             "kv_bytes_stored": sum(row.stored_bytes() for row in self.rows),
             "stage_seconds": dict(self.timeline.seconds),
             "prefetch": self.prefetch.stats(),
+            "host_tier": None if self.db.host is None else self.db.host.stats(),
             "device_tier": None if self._device_tier is None else self._device_tier.stats(),
         }
 
@@ -342,8 +347,11 @@ class KVDBCache(Cache):
             row.expect(layer, plan.chunks, plan.counts)
             self.prefetch.expect(layer, plan)
 
-    def note_choice(self, layer: int, scores: Scores, chosen: Plan, estimate: Estimate | None) -> None:
+    def note_choice(self, row: History, layer: int, scores: Scores, chosen: Plan, estimate: Estimate | None) -> None:
+        """What a row's query chose in a layer, before it is read."""
         self.prefetch.chosen(layer, chosen, scores.lse.shape[-1])
+        if self._weighs:
+            row.weigh(layer, chosen.chunks, chosen.counts, shares(scores.lse)[:, :-1].gather(1, chosen.chunks))
         self.metrics.ranges_evaluated += scores.evaluated
         self.metrics.abstract_bytes_read += scores.bytes_read + (0 if estimate is None else estimate.bytes_read)
         if chosen.unread_mass is not None:

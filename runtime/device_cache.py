@@ -60,6 +60,7 @@ class DeviceCache:
         device: torch.device,
         policy: str = "lru",
     ) -> None:
+        self.policy = policy
         self._pools: dict[Shape, _Pool] = {}
         for shape, share in bytes_of.items():
             record = 2 * shape[0] * shape[1] * dtype.itemsize
@@ -109,6 +110,12 @@ class DeviceCache:
         """Those of the wanted rows that are not here."""
         pool = self._pools.get(shape)
         return rows.wanted if pool is None else rows.wanted[pool.table.find(rows.key, rows.wanted) < 0]
+
+    def weigh(self, rows: Rows, shape: Shape, weights: Array) -> None:
+        """Say what rows, none twice, are worth: their share of attention mass."""
+        pool = self._pools.get(shape)
+        if pool is not None:
+            pool.table.weigh(rows.key, rows.wanted, weights)
 
     def stats(self) -> dict[str, Any]:
         """JSON-safe: rows found and not found, and how they came and went."""

@@ -241,17 +241,31 @@ class History:
 
     def expect(self, layer: int, chunks: Tensor, counts: Tensor | None) -> None:
         """Begin to bring in chunks that may be chosen soon: as in `lend`. What is not sealed yet is left alone."""
+        for segment, records, _ in self._sealed_records(layer, chunks, counts):
+            if self._device_tier is not None:
+                records = self._device_tier.absent(self._rows(segment, layer, records), self._shape(layer))
+            with self._naming(segment):
+                self._reader.expect(segment, layer, records)
+
+    def weigh(self, layer: int, chunks: Tensor, counts: Tensor | None, weights: Tensor) -> None:
+        """Say what chunks are worth to tiers that look at it: as in `lend`; weights (kv_heads, n)."""
+        for segment, records, inside in self._sealed_records(layer, chunks, counts):
+            of_records = weights.cpu().numpy()[inside]
+            self._reader.weigh(segment, layer, records, of_records)
+            if self._device_tier is not None:
+                self._device_tier.weigh(self._rows(segment, layer, records), self._shape(layer), of_records)
+
+    def _sealed_records(
+        self, layer: int, chunks: Tensor, counts: Tensor | None
+    ) -> Iterator[tuple[Segment, Array, Array]]:
+        """For each sealed part: its segment, the records of it among chosen chunks, and which those are, (kv_heads, n) of bool."""
         wanted = chunks.cpu().numpy()
         heads, n = wanted.shape
         asked = np.ones((heads, n), bool) if counts is None else np.arange(n) < counts.cpu().numpy()[:, None]
         for part in self._sealed:
             inside = asked & (wanted >= part.first) & (wanted < part.stop)
-            records = ((wanted - part.first) * heads + self._heads[layer])[inside]
-            if self._device_tier is not None:
-                shape = (self.geometry.chunk_tokens, self._dims[layer])
-                records = self._device_tier.absent(self._rows(part.segment, layer, records), shape)
-            with self._naming(part.segment):
-                self._reader.expect(part.segment, layer, records)
+            if inside.any():
+                yield part.segment, ((wanted - part.first) * heads + self._heads[layer])[inside], inside
 
     def select(self, layer: int, chunks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of chosen chunks per KV head: chunks (kv_heads, n) -> (kv_heads, n * chunk_tokens, head_dim) twice."""
@@ -298,13 +312,13 @@ class History:
 
     def _all_fits(self, tier: DeviceCache, layer: int) -> bool:
         """Whether dense attention finds there at the next step what it reads at this one: of less than all, it would find nothing."""
-        shape = (self.geometry.chunk_tokens, self._dims[layer])
+        shape = self._shape(layer)
         alike = [other for other, dim in self._dims.items() if dim == shape[1]]
         return tier.holds(shape, sum(self.chunks(other) * len(self._heads[other]) for other in alike))
 
     def _through(self, tier: DeviceCache, shares: list[Share], layer: int, records: int) -> Tensor:
         """As `_read_shares`, of records that the device tier may have."""
-        shape, parts = (self.geometry.chunk_tokens, self._dims[layer]), list[Tensor]()
+        shape, parts = self._shape(layer), list[Tensor]()
         for segment, wanted, _ in shares:
 
             def read(missing: Array, segment: Segment = segment) -> Tensor:
@@ -318,6 +332,9 @@ class History:
             assert share.columns is not None
             out[:, torch.from_numpy(share.columns).to(out.device)] = part
         return out
+
+    def _shape(self, layer: int) -> tuple[int, int]:
+        return self.geometry.chunk_tokens, self._dims[layer]
 
     def _rows(self, segment: Segment, layer: int, wanted: Array) -> Rows:
         return Rows((segment.info.segment, layer), segment.info.capacity * len(self._heads[layer]), wanted)

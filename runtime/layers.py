@@ -267,7 +267,7 @@ class FullLayer(_FixedShape, DynamicLayer):
             chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, read)
         with span("estimate", index):
             estimate = cache.selector.estimate(exact_query, resident, scores, chosen)
-        cache.note_choice(index, scores, chosen, estimate)
+        cache.note_choice(row, index, scores, chosen, estimate)
         beside = None if estimate is None else Partial(estimate.out[:, :, None], estimate.lse[..., None])
         if chosen.counts is not None:
             return self._attend_each(row, query, chosen, tail_k, tail_v, beside)
@@ -294,7 +294,7 @@ class FullLayer(_FixedShape, DynamicLayer):
             chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, reads_nothing)
         with span("estimate", index):
             estimate = cache.selector.estimate(query, resident, scores, chosen)
-        cache.note_choice(index, scores, chosen, estimate)
+        cache.note_choice(row, index, scores, chosen, estimate)
         measured = np.empty((*chosen.chunks.shape, query.shape[1]), np.float32) if cache.sampling else None
         for part, places in row.lend(index, chosen.chunks, chosen.counts):
             with span("attend", index):
