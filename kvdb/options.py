@@ -13,6 +13,8 @@ from kvdb.readers import READERS
 from kvdb.replacement import REPLACEMENT
 from kvdb.retention import RETENTION
 
+AUTO: Final = "auto"
+"""As a read_mode: the way that suits the store where it lies, see `kvdb.calibration`."""
 Mode = Literal["r", "r+", "a", "w", "w-"]
 _MODES: Final = ("r", "r+", "a", "w", "w-")
 DURABILITY: Final = ("commit", "relaxed")
@@ -23,7 +25,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     mode: Mode
     salt: str = ""
-    read_mode: str = "mmap"
+    read_mode: str = AUTO
     verify: str = "first"
     durability: str = "commit"
     min_free: int = 0
@@ -38,7 +40,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for option, allowed in (
             ("mode", _MODES),
-            ("read_mode", sorted(READERS)),
+            ("read_mode", [AUTO, *sorted(READERS)]),
             ("verify", VERIFY),
             ("durability", DURABILITY),
             ("retention", sorted(RETENTION)),
@@ -49,7 +51,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         for option in ("grace_s", "lock_timeout_s", "read_deadline_s"):
             if not getattr(self, option) >= 0:
                 raise InvalidInput(f"KVDB.open: {option} is {getattr(self, option)!r}, expected seconds, 0 or more")
-        if self.host_budget is not None and self.read_mode != "direct":
+        if self.host_budget is not None and self.read_mode not in (AUTO, "direct"):
             raise InvalidInput(
                 f"KVDB.open: host_budget is {self.host_budget} with read_mode {self.read_mode!r}, expected 'direct'; the system caches "
                 "what is read otherwise"
@@ -58,5 +60,5 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
             raise Unsupported(
                 f"KVDB.open: platform {sys.platform!r}, expected Linux or macOS; stores need flock and fsync"
             )
-        if sys.platform == "darwin" and self.read_mode != "pread":
+        if sys.platform == "darwin" and self.read_mode not in (AUTO, "pread"):
             raise Unsupported(f"KVDB.open: read_mode {self.read_mode!r} on macOS, expected 'pread' there")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from kvdb import compact, files, folder, forks, manifests, portable, recode, repair, summarise
 from kvdb.available import available_bytes
+from kvdb.calibration import Way, way_to_read
 from kvdb.catalog import Catalog
 from kvdb.check import check_store
 from kvdb.codecs import RAW, CodecPlan
@@ -41,7 +41,7 @@ from kvdb.format import FORMAT_VERSION, SegmentInfo
 from kvdb.geometry import Geometry
 from kvdb.host import HostTier
 from kvdb.identity import EXACT, Identity
-from kvdb.options import Mode, Options
+from kvdb.options import AUTO, Mode, Options
 from kvdb.prefix import Tokens
 from kvdb.reader import Reader, Verified
 from kvdb.readers import READERS
@@ -81,17 +81,13 @@ class KVDB:
 
     def __init__(self, path: Path, options: Options) -> None:
         self.path, self.options = path, options
-        self.mode, self.salt, self.read_mode = options.mode, options.salt, options.read_mode
+        self.mode, self.salt = options.mode, options.salt
         self.readonly = options.mode == "r"
         self.durable = options.durability == "commit"
         self._workspace: Path | None = None
         self._workspace_lock: int | None = None
         self._making_workspace = threading.Lock()
         self._verified = Verified()
-        self.host: HostTier | None = None
-        if options.read_mode == "direct":
-            budget = options.host_budget
-            self.host = HostTier(available_bytes() // HOST_SHARE if budget is None else budget, options.host_policy)
         self._used: dict[str, int] = {}  # segment -> hits since the last write transaction
         self._held: int | None = folder.hold(path, exclusive=False, timeout_s=options.lock_timeout_s)
         opened = contextlib.ExitStack()
@@ -115,10 +111,22 @@ class KVDB:
                 settle=self._note_use,
             )
             opened.callback(self.catalog.close)
+            self.read_mode, self.why_read_mode = self._way_to_read()
+            self.host: HostTier | None = None
+            if self.read_mode == DirectReader.name:
+                budget = options.host_budget
+                self.host = HostTier(available_bytes() // HOST_SHARE if budget is None else budget, options.host_policy)
             if not self.readonly:
                 self._tidy()
             opened.pop_all()
         forks.watch(self)
+
+    def _way_to_read(self) -> Way:
+        if self.options.read_mode != AUTO:
+            return Way(self.options.read_mode, "asked for")
+        with self.catalog.begin() as txn:
+            stored = txn.counters().segment_bytes
+        return way_to_read(self.path / "chunks", stored)
 
     def after_fork(self) -> None:
         """In a child: the workspace, and what is not written down yet, are the parent's."""
@@ -153,8 +161,9 @@ class KVDB:
         mode        "r" read only; "r+" existing store, read and write; "a" (default) create if missing;
                     "w" create, replacing an existing store; "w-" create, fail if it exists
         salt        tenant salt: KV is only shared between handles with the same salt
-        read_mode   "mmap" (default on Linux), "pread" (network file systems, macOS) or "direct": past the page cache, many reads at a
-                    time, into memory of our own
+        read_mode   "mmap", "pread" (network file systems, macOS), "direct": past the page cache, many reads at a time, into memory of our
+                    own; or "auto" (default): by map where the store's KV fits into memory, else whichever of "mmap" and "direct" is
+                    faster here
         verify      compare records with their digests "always", "first" time each is read (default), or "never"
         durability  "commit": on disk when a commit returns; "relaxed": a power failure may lose the last commits, and
                     never more; `sync` and `close` make them durable
@@ -174,7 +183,7 @@ class KVDB:
         options = Options(
             mode=mode,
             salt=salt,
-            read_mode=read_mode or ("mmap" if sys.platform == "linux" else "pread"),
+            read_mode=read_mode or AUTO,
             verify=verify,
             durability=durability,
             min_free=parse_bytes("KVDB.open: min_free", min_free),
@@ -399,6 +408,8 @@ class KVDB:
             "segments": count["segments"],
             "tokens": counters.tokens,
             "identities": count["identities"],
+            "read_mode": self.read_mode,
+            "why_read_mode": self.why_read_mode,
             "kv_bytes": counters.kv_bytes,
             "disk_bytes": counters.segment_bytes,
             "catalog_bytes": self.catalog.file_bytes(),

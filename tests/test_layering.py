@@ -53,11 +53,18 @@ def dangers(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if called in FORBIDDEN_CALLS or called in ("torch.load", "builtins.eval", "builtins.exec"):
+            if called in FORBIDDEN_CALLS or called in ("builtins.eval", "builtins.exec"):
+                found.add(called)
+            if called == "torch.load" and not _says(node, "weights_only", True):
                 found.add(called)
             if called.rpartition(".")[2] in ("load", "save") and called.split(".")[0] in ("np", "numpy"):
-                found.add(called)
+                found |= set() if _says(node, "allow_pickle", False) else {called}
     return found
+
+
+def _says(call: ast.Call, option: str, value: bool) -> bool:
+    """Whether a call has an option with this very value, written out."""
+    return any(k.arg == option and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords)
 
 
 @pytest.mark.parametrize("name", sorted(ENGINE))
@@ -108,7 +115,16 @@ def test_the_walk_sees_planted_imports(source: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["import pickle", "def f():\n    from marshal import loads", "eval(x)", "torch.load(p)", "np.load(p)", "exec('1')"],
+    [
+        "import pickle",
+        "def f():\n    from marshal import loads",
+        "eval(x)",
+        "torch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "np.load(p)",
+        "np.load(p, allow_pickle=True)",
+        "exec('1')",
+    ],
 )
 def test_the_walk_sees_planted_dangers(source: str) -> None:
     assert dangers(source)

@@ -115,6 +115,14 @@ def load_model(
     return _load(name_or_path, name=name_or_path, dtype=dtype, local_only=offline)
 
 
+def packaged_files(name: str) -> list[Path]:
+    """The GGUF of a model in KNOWN as its packages carry it: one file, or its parts in order.
+
+    raises  ModelNotInstalled
+    """
+    return _find_parts(name, KNOWN[name])[1]
+
+
 def cache_directory() -> Path:
     """Where converted models are kept. Not created here."""
     if own := os.environ.get("KVDB_CACHE_DIR"):

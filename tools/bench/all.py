@@ -14,6 +14,7 @@ from kvdb.tools.bench import (
     reuse,
     scale,
     selection,
+    side_by_side,
     tiers,
     verify,
 )
@@ -38,6 +39,7 @@ def run() -> None:
     cold.run()
     scale.run()
     tiers.run()
+    side_by_side.run()
 
 
 if __name__ == "__main__":

@@ -17,12 +17,18 @@ from kvdb.errors import Unsupported
 _ROOT: Final = Path("/sys/fs/cgroup")
 
 
+NO_LIMIT: Final = 1 << 50
+"""As a limit: none, and what is charged can still be read."""
+
+
 @contextmanager
-def memory_cap(limit_bytes: int) -> Iterator[None]:
-    """raises  Unsupported where this process may make no control group with a memory limit"""
-    first = (_ROOT / "memory").is_dir()
-    parent, limit = (_ROOT / "memory", "memory.limit_in_bytes") if first else (_ROOT, "memory.max")
-    group = parent / f"kvdb-bench-{os.getpid()}"
+def memory_cap(limit_bytes: int) -> Iterator[Path]:
+    """Gives the control group's folder.
+
+    raises  Unsupported where this process may make no control group with a memory limit
+    """
+    limit = "memory.limit_in_bytes" if _first_version() else "memory.max"
+    group, parent = _group(os.getpid()), _group(os.getpid()).parent
     try:
         group.mkdir()
         (group / limit).write_text(str(limit_bytes))
@@ -33,10 +39,30 @@ def memory_cap(limit_bytes: int) -> Iterator[None]:
             f"memory cap: {group}: {e.strerror}, expected a control group with a memory limit; run as root on Linux"
         ) from e
     try:
-        yield
+        yield group
     finally:
         (parent / "cgroup.procs").write_text(str(os.getpid()))
         group.rmdir()
+
+
+def page_cache_bytes(group: Path) -> int:
+    """Of files: what is in the page cache now and was brought there from within the group."""
+    charged = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(charged["cache" if _first_version() else "file"])
+
+
+def remove_group(pid: int) -> None:
+    """Of a process that was killed inside `memory_cap`; nothing happens where there is none."""
+    if (group := _group(pid)).is_dir():
+        group.rmdir()
+
+
+def _first_version() -> bool:
+    return (_ROOT / "memory").is_dir()
+
+
+def _group(pid: int) -> Path:
+    return (_ROOT / "memory" if _first_version() else _ROOT) / f"kvdb-bench-{pid}"
 
 
 def force_out(files: list[Path]) -> None:

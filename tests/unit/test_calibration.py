@@ -1,0 +1,105 @@
+"""A store is read in the way that suits it where it lies."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import TWO_GROUPS, assert_healthy, assert_reads_back, extend, takes_direct, token_list
+
+from kvdb import KVDB, calibration, files
+from kvdb.calibration import way_to_read
+from kvdb.errors import InvalidInput, Unsupported
+from kvdb.options import Options
+
+
+@pytest.fixture
+def chunks(tmp_path: Path) -> Path:
+    shard = tmp_path / "chunks" / "a.kv0" / "c.0.0.0.0.0"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(bytes(range(256)) * (16 << 10))
+    return tmp_path / "chunks"
+
+
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "available_bytes", lambda: 1 << 20)
+
+
+def times(monkeypatch: pytest.MonkeyPatch, direct: float, mapped: float) -> None:
+    monkeypatch.setattr(calibration, "_timed", lambda _, read: direct if read is calibration._direct else mapped)
+
+
+def test_what_fits_into_memory_is_mapped(chunks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "available_bytes", lambda: 5 << 20)
+    assert way_to_read(chunks, 5 << 20) == ("mmap", "5 MiB of KV fit into 5 MiB of memory")
+
+
+@pytest.mark.parametrize(("direct", "mapped"), [(0.001, 0.002), (0.002, 0.001)])
+def test_of_what_does_not_fit_the_faster_way_is_taken(
+    chunks: Path, monkeypatch: pytest.MonkeyPatch, direct: float, mapped: float
+) -> None:
+    no_memory(monkeypatch)
+    times(monkeypatch, direct, mapped)
+    name, why = way_to_read(chunks, 4 << 20)
+    assert name == ("direct" if direct < mapped else "mmap")
+    assert why.startswith("4 MiB of KV do not fit into 1 MiB of memory; 48 reads take ")
+    assert f"{1e3 * direct:.1f} ms past" in why
+
+
+def test_both_ways_are_tried_on_a_shard(chunks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not takes_direct(chunks):
+        pytest.skip("no O_DIRECT here")
+    no_memory(monkeypatch)
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    assert "past the page cache" in way_to_read(chunks, 4 << 20).why
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_where_nothing_can_be_tried_it_is_mapped(tmp_path: Path, chunks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_memory(monkeypatch)
+    assert way_to_read(tmp_path / "none", 4 << 20).name == "mmap"
+
+    def refuse(*_: object) -> Any:
+        raise Unsupported("no O_DIRECT")
+
+    monkeypatch.setattr(files, "make_direct", refuse)
+    assert way_to_read(chunks, 4 << 20) == ("mmap", "4 MiB of KV do not fit into 1 MiB of memory; no O_DIRECT")
+
+
+def test_network_file_systems_are_not_mapped(chunks: Path, tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/a / ext4 rw 0 0\nhost:/x {chunks} nfs4 rw 0 0\n")
+    assert way_to_read(chunks, 1, mounts) == ("pread", "nfs4 is a network file system")
+    assert way_to_read(tmp_path, 1, mounts).name == "mmap"
+    assert way_to_read(chunks, 1, tmp_path / "none").name == "mmap"
+
+
+def test_other_systems_read_by_position(chunks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert way_to_read(chunks, 1).name == "pread"
+
+
+def test_a_store_that_does_not_fit_is_opened_accordingly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = token_list(200)
+    with KVDB.open(tmp_path / "s") as db:
+        extend(db, tokens, geometry=TWO_GROUPS, name="n")
+        assert (db.info()["read_mode"], db.host) == ("mmap", None)
+        assert "fit into" in db.info()["why_read_mode"]
+    if not takes_direct(tmp_path):
+        pytest.skip("no O_DIRECT here")
+    monkeypatch.setattr("kvdb.store.way_to_read", lambda chunks, stored: calibration.Way("direct", "because"))
+    with KVDB.open(tmp_path / "s", host_budget="1MiB") as db:
+        assert (db.info()["read_mode"], db.info()["why_read_mode"]) == ("direct", "because")
+        assert db.host is not None
+        assert db.host.budget_bytes == 1 << 20
+        assert_reads_back(db, tokens, db.sequence("n").spans)
+        assert db.host.stats()["misses"]
+        assert_healthy(db)
+
+
+def test_options_are_checked() -> None:
+    assert Options(mode="a").read_mode == "auto"
+    with pytest.raises(InvalidInput, match="host_budget is 5 with read_mode 'mmap'"):
+        Options(mode="a", read_mode="mmap", host_budget=5)
