@@ -91,6 +91,7 @@ def ask(
     name: str | None,
     ttl: str | None,
     opening: dict[str, Any],
+    prefetch: bool | None,
     threads: int | None,
     stats: Path | None,
     trace: Path | None,
@@ -117,6 +118,8 @@ def ask(
     keep = _Kept(name, None if ttl is None else parse_seconds("--ttl", ttl))
     if opening["size_cap"] not in (None, UNLIMITED):
         parse_bytes("--size-cap", opening["size_cap"])
+    if opening["host_budget"] is not None:
+        parse_bytes("--host-budget", opening["host_budget"])
     plan = CodecPlan.parse(codec)
     text = read_document(document)
     _check_store(store)
@@ -136,7 +139,17 @@ def ask(
     started = time.perf_counter()
     with (
         KVDB.open(store, **opening) as db,
-        attach(loaded.model, db, budget=limit, **shares, exact=exact, selector=chosen, codec=plan, trace=trace) as kv,
+        attach(
+            loaded.model,
+            db,
+            budget=limit,
+            **shares,
+            exact=exact,
+            selector=chosen,
+            codec=plan,
+            trace=trace,
+            prefetch=prefetch,
+        ) as kv,
     ):
         result, shown = _answer(kv, loaded, prompt, max_new_tokens, keep, console, as_json, started)
     if stats is not None:

@@ -178,10 +178,21 @@ def ask(
         Literal["first", "always", "never"], typer.Option(help="When stored KV is compared with its digests.")
     ] = "first",
     read_mode: Annotated[
-        Literal["mmap", "pread", "direct"] | None,
+        Literal["auto", "mmap", "pread", "direct"],
+        typer.Option(help="How stored KV is read; pread for network file systems, direct past the page cache."),
+    ] = "auto",
+    host_budget: Annotated[
+        str | None,
         typer.Option(
-            help="How stored KV is read; pread for network file systems, direct past the page cache.",
-            show_default="mmap on Linux",
+            metavar="SIZE", help="Memory for what is read past the page cache, such as 2GiB.", show_default=False
+        ),
+    ] = None,
+    prefetch: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefetch/--no-prefetch",
+            help="Read ahead what the next layer is likely to choose.",
+            show_default="where steps turn out to be faster",
         ),
     ] = None,
     threads: Threads = None,
@@ -216,7 +227,14 @@ def ask(
         max_new_tokens=max_new_tokens,
         name=name,
         ttl=ttl,
-        opening={"size_cap": size_cap, "durability": durability, "verify": verify, "read_mode": read_mode},
+        opening={
+            "size_cap": size_cap,
+            "durability": durability,
+            "verify": verify,
+            "read_mode": read_mode,
+            "host_budget": host_budget,
+        },
+        prefetch=prefetch,
         threads=threads,
         stats=stats,
         trace=trace,

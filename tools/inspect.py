@@ -194,6 +194,7 @@ def show_info(store: Path, *, as_json: bool) -> int:
         ("KV", bytes_text(info["kv_bytes"])),
         ("on disk", f"{bytes_text(info['disk_bytes'])}, and {bytes_text(info['catalog_bytes'])} of catalog"),
         ("used, all files", used_text(info["used_bytes"], info["size_cap"])),
+        ("read with", f"{info['read_mode']}: {info['why_read_mode']}"),
         ("written so far", f"{bytes_text(info['bytes_written'])}, of which {bytes_text(info['bytes_compacted'])} by compaction"),
         ("evicted so far", count_text(info["segments_evicted"], "segment")),
     ):  # fmt: skip

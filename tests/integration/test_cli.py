@@ -265,6 +265,7 @@ def bad_input(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
         "name": (ask(new, "--name", "a\tb"), r"sequence: name is 'a\tb', expected 1..512 printable characters"),
         "ttl without a name": (ask(new, "--ttl", "7d"), "--ttl 7d: no --name, expected one"),
         "ttl": (ask(new, "--ttl", "7", "--name", "a"), "--ttl 7: expected a time above 0 such as 90s, 30m, 12h or 7d"),
+        "host budget": (ask(new, "--host-budget", "lots"), "--host-budget is 'lots', expected bytes such as"),
         "size cap": (ask(new, "--size-cap", "lots"), "--size-cap is 'lots', expected bytes such as"),
         "trace": (ask(new, "--trace", tmp_path / "no" / "t.json"), f"no folder {tmp_path / 'no'}, expected an existing"),
         "stats": (ask(new, "--stats", tmp_path / "no" / "s.json"), f"no folder {tmp_path / 'no'}, expected an existing"),

@@ -9,6 +9,7 @@ from kvdb.tools.bench import (
     commit,
     decode,
     gather,
+    policies,
     prefill,
     recoded,
     reuse,
@@ -39,6 +40,7 @@ def run() -> None:
     cold.run()
     scale.run()
     tiers.run()
+    policies.run()
     side_by_side.run()
 
 
