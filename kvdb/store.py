@@ -124,7 +124,8 @@ class KVDB:
     def _way_to_read(self) -> Way:
         if self.options.read_mode != AUTO:
             return Way(self.options.read_mode, "asked for")
-        with self.catalog.begin() as txn:
+        stored = 0
+        with contextlib.suppress(Damaged), self.catalog.begin() as txn:  # what only figures need stops no reader
             stored = txn.counters().segment_bytes
         return way_to_read(self.path / "chunks", stored)
 
