@@ -7,7 +7,10 @@ one. Both ways are tried on rows of a shard that is there. Network file systems,
 
 from __future__ import annotations
 
+import contextlib
 import mmap as _mmap
+import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +38,7 @@ _NETWORK: Final = (
     "lustre",
     "beegfs",
 )
+_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _READS: Final = 48
 _BYTES: Final = 16 << 10
 """So many reads of so many bytes are tried each way: a fiftieth of a second on a disk of its own."""
@@ -57,10 +61,10 @@ def way_to_read(chunks: Path, stored_bytes: int, mounts: Path = Path("/proc/self
     if stored_bytes <= available:
         return Way("mmap", f"{stored_bytes >> 20} MiB of KV fit into {available >> 20} MiB of memory")
     large = f"{stored_bytes >> 20} MiB of KV do not fit into {available >> 20} MiB of memory"
-    shard = _largest(chunks)
-    if shard is None:
-        return Way("mmap", f"{large}; there is nothing to try")
     try:
+        shard = _largest(chunks)
+        if shard is None:
+            return Way("mmap", f"{large}; there is nothing to try")
         direct, mapped = _timed(shard, _direct), _timed(shard, _mapped)
     except (OSError, Unsupported) as e:
         return Way("mmap", f"{large}; {e}")
@@ -72,12 +76,15 @@ def _file_system(path: Path, mounts: Path) -> str:
     """Type of the one that holds a path; empty where the system does not tell."""
     best, found = -1, ""
     try:
-        lines = mounts.read_text().splitlines()
+        lines = os.fsdecode(mounts.read_bytes()).splitlines()
     except OSError:
         return ""
     for line in lines:
-        _, point, kind, *_ = line.split(" ")
-        if len(point) > best and path.resolve().is_relative_to(point.encode().decode("unicode_escape")):
+        _, escaped, kind, *_ = line.split(" ")
+        point = os.fsdecode(_OCTAL.sub(lambda octal: bytes([int(octal[1], 8)]), os.fsencode(escaped)))
+        if len(point) >= best and path.resolve().is_relative_to(
+            point
+        ):  # of two at one place, the later one lies on top
             best, found = len(point), kind
     return found
 
@@ -85,7 +92,10 @@ def _file_system(path: Path, mounts: Path) -> str:
 def _largest(chunks: Path) -> Path | None:
     """The largest shard of a few, of enough bytes to be read in."""
     some = [path for path, _ in zip(chunks.glob("*.kv*/c*"), range(64), strict=False)]
-    sizes = {path: path.stat().st_size for path in some}
+    sizes = dict[Path, int]()
+    for path in some:
+        with contextlib.suppress(FileNotFoundError):  # a deletion passed by
+            sizes[path] = path.stat().st_size
     shard = max(sizes, key=lambda path: sizes[path], default=None)
     return shard if shard is not None and sizes[shard] >= 2 * _READS * _BYTES else None
 
@@ -110,7 +120,9 @@ def _direct(fd: int, shard: Path, places: list[int]) -> None:
     with best_requests() as requests:
         count = len(places)
         sizes, to = np.full(count, _BYTES, np.int64), address + _BYTES * np.arange(count, dtype=np.int64)
-        requests.wait(requests.submit(fd, np.array(places, np.int64), sizes, to, memory), timeout_s=5)
+        came = requests.wait(requests.submit(fd, np.array(places, np.int64), sizes, to, memory), timeout_s=5)
+    if (came != _BYTES).any():
+        raise OSError(f"{shard}: reads past the page cache give {sorted(set(came.tolist()))}, expected {_BYTES}")
 
 
 def _mapped(fd: int, shard: Path, places: list[int]) -> None:

@@ -295,6 +295,14 @@ class KVDB:
                         txn.mark_synced(segment)
             self.catalog.sync()
 
+    @property
+    def grows_freely(self) -> bool:
+        """Whether what is written pushes nothing out: writable, and without a size cap."""
+        if self.readonly:
+            return False
+        with self.catalog.begin() as txn:
+            return txn.limits().size_cap is None
+
     def reader(self) -> Reader:
         """A reader of its own for one thread of generation; close it after use."""
         if self.host is not None:

@@ -81,7 +81,8 @@ def attach(
               computed and this very codec stored is reused like exact KV
     trace     a file, written at the end of the 'with' block: each stage of each step and layer as a time line, in Chrome's trace format
     prefetch  read ahead what the next layer is likely to choose: always, never, or (None) where that is measured to be faster
-    recompute compute a stored prefix again instead of reading it: always, never, or (None) where that is estimated to take less time
+    recompute compute a stored prefix again instead of reading it: always, never, or (None) where that is
+              estimated to take less time, and a writable store without a size cap can take it
     device_budget  most that selected records kept on a GPU may take, "4GiB" say, for each cache; a quarter of what is free when not given
     device_policy  which of them go first: "lru", "lfu" or "importance"
     raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
@@ -347,7 +348,8 @@ class Attachment:
             try:
                 cache.restore(prefixes)
                 at_once = self._read_at_once(shared, len(rows[0])) * len(rows)
-                choice = self._costs.choose(shared, min(at_once, sum(row.absent_bytes() for row in cache.rows)))
+                absent = min(at_once, sum(row.absent_bytes() for row in cache.rows))
+                choice = self._costs.choose(shared * len(rows), absent, storable=self.db.grows_freely)
             except BaseException as e:
                 self._drop(cache)
                 if isinstance(e, Damaged) and any(self._changed(p.spans, p.segments) for p in prefixes):
@@ -375,7 +377,7 @@ class Attachment:
         if 2 * fetched > metrics.prefill_bytes_read:
             self._costs.reading.note(fetched, seconds["read"])
         computing = metrics.prefill_seconds - seconds["read"] - seconds["wait"] - seconds["commit"]
-        self._costs.computing.note(metrics.prefill_tokens, computing)
+        self._costs.computing.note(metrics.prefill_tokens * len(cache.rows), computing)
 
     @property
     def _accepted(self) -> tuple[str, ...]:

@@ -79,6 +79,7 @@ class KVDBCache(Cache):
         self.rule, self.selector, self._identify = rule, selector, identify
         self.metrics, self.timeline, self.prefetch = Metrics(), Timeline(trace), Prefetch(prefetch)
         self.is_probing = False
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # see `kvdb.runtime.prediction`; of this step
         self.forced = Forced.of(geometry.chunk_tokens)
         self.writes = not db.readonly
         self.expected_tokens = 0
@@ -224,7 +225,7 @@ class KVDBCache(Cache):
                     f"expected {length}..{length + queries - 1}; the prompt must be longer than the cache and begin with "
                     "its tokens"
                 )
-        self._coming = input_ids.tolist()
+        self._coming, self.given = input_ids.tolist(), None
         self._active = True
         self._broken = "an earlier forward pass failed half-way"
         self._bytes_before = self._reader.bytes_read
@@ -263,6 +264,7 @@ class KVDBCache(Cache):
 
     def end_step(self, *, failed: bool) -> None:
         """Take over the step's tokens and commit what is full."""
+        self.given = None
         if not self._active:
             return
         self._active = False

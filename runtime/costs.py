@@ -12,6 +12,9 @@ from typing import Final, NamedTuple
 _KEPT: Final = 0.5
 """What a measurement before the last one counts, of one that is as large."""
 
+LOOK_AGAIN: Final = 8
+"""Prefixes computed again in a row, after which one is loaded: a disk that was slow once is not slow for ever."""
+
 
 class Rate:
     """Seconds a unit, of what was measured; the latest counts most."""
@@ -45,16 +48,26 @@ class Costs:
     def __init__(self, recompute: bool | None) -> None:
         self._recompute = recompute
         self.reading, self.computing = Rate(), Rate()  # of bytes, of tokens
+        self._unread = 0
 
-    def choose(self, tokens: int, bytes_read: int) -> Choice:
-        """Of a prefix of so many tokens, of which so many bytes would be read at once."""
+    def choose(self, tokens: int, bytes_read: int, *, storable: bool = True) -> Choice:
+        """Of a prefix of so many tokens, of which so many bytes would be read at once; all rows of a batch together.
+
+        storable  whether what is computed again can go to disk without pushing anything out: if not, all of it would stay in memory
+        """
         if not tokens:
             return Choice(True, "nothing is stored")
         if self._recompute is not None:
             return Choice(not self._recompute, "asked for" if self._recompute else "not to be computed again")
+        if not storable:
+            return Choice(True, "what is computed again could not be stored")
         reading, computing = self.reading.seconds(bytes_read), self.computing.seconds(tokens)
         if reading is None or computing is None:
             return Choice(True, "what it takes to read and to compute is not known yet")
+        self._unread = 0 if reading <= computing else self._unread + 1
+        if self._unread > LOOK_AGAIN:
+            self._unread = 0
+            return Choice(True, "to see what it takes to read now")
         return Choice(
             reading <= computing,
             f"{bytes_read >> 20:,} MiB take {reading:.2f} s to read, {tokens:,} tokens {computing:.2f} s to compute",

@@ -41,7 +41,8 @@ class _Pool:
     def __init__(self, slots: int, shape: Shape, dtype: torch.dtype, device: torch.device, policy: str) -> None:
         self.table = SlotTable(REPLACEMENT[policy])
         self.table.add(0, slots)
-        self.memory = torch.empty((2, slots, *shape), dtype=dtype, device=device)
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+            self.memory = torch.empty((2, slots, *shape), dtype=dtype, device=device)
 
 
 class DeviceCache:
@@ -96,7 +97,11 @@ class DeviceCache:
             came = read(missing)
             given = pool.table.admit(rows.key, missing, rows.capacity)
             kept = np.flatnonzero(given >= 0)
-            pool.memory.index_copy_(1, _on(given[kept], came), came.index_select(1, _on(kept, came)))
+            try:
+                pool.memory.index_copy_(1, _on(given[kept], came), came.index_select(1, _on(kept, came)))
+            except BaseException:
+                pool.table.forget(rows.key, missing)
+                raise
             out = came.new_empty((2, len(slots), *shape))
             here, late = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
             out.index_copy_(1, _on(here, out), pool.memory.index_select(1, _on(slots[here], out)))

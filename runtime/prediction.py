@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvdb.errors import Unsupported
 from kvdb.runtime.cache import KVDBCache
 from kvdb.runtime.layers import Asked
 
@@ -26,9 +27,9 @@ def watch(model: nn.Module, layers: int) -> ExitStack | None:
     stack = decoder_layers(model, layers)
     if stack is None:
         return None
-    watching, watcher = ExitStack(), _Watcher(stack)
+    watching = ExitStack()
     for index, layer in enumerate(stack):
-        watching.callback(layer.register_forward_pre_hook(watcher.hook(index), with_kwargs=True).remove)
+        watching.callback(layer.register_forward_pre_hook(_hook(stack, index), with_kwargs=True).remove)
     return watching
 
 
@@ -42,39 +43,33 @@ def decoder_layers(model: nn.Module, layers: int) -> list[nn.Module] | None:
     return None
 
 
-class _Watcher:
-    """Of layers with full attention, which alone are predicted, it keeps what the last one was given beside the hidden state: a model gives
-    its layers with windows other masks and rotations."""
+def _hook(stack: list[nn.Module], index: int) -> Callable[..., None]:
+    """Tells the cache of what enters layer `index` what the next one will ask. Only layers with full attention are predicted, by what the last
+    such layer was given beside the hidden state: a model gives its layers with windows other masks and rotations."""
 
-    def __init__(self, stack: list[nn.Module]) -> None:
-        self._stack = stack
-        self._given: tuple[int, tuple[Any, ...], dict[str, Any]] | None = None  # tokens before this step
+    def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = next((each for each in (*kwargs.values(), *args) if isinstance(each, KVDBCache)), None)
+        if cache is None or not cache.reads_ahead:
+            return
+        if cache.is_full(index):
+            cache.given = args[1:], kwargs
+        following = index + 1
+        if following < len(stack) and cache.is_full(following) and cache.given is not None:
+            others, named = cache.given
+            with cache.timeline.span("predict", following), torch.no_grad():
+                query = asked(stack[following], cache, (*args[:1], *others), named)
+                if query is not None:
+                    cache.expect(following, query)
 
-    def hook(self, index: int) -> Callable[..., None]:
-        def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            cache = next((each for each in (*kwargs.values(), *args) if isinstance(each, KVDBCache)), None)
-            if cache is None or not cache.reads_ahead:
-                return
-            if cache.is_full(index):
-                self._given = cache.length, args[1:], kwargs
-            following = index + 1
-            if following < len(self._stack) and cache.is_full(following) and self._given is not None:
-                length, others, named = self._given
-                if length == cache.length:
-                    with cache.timeline.span("predict", following), torch.no_grad():
-                        query = asked(self._stack[following], cache, (*args[:1], *others), named)
-                        if query is not None:
-                            cache.expect(following, query)
-            if following == len(self._stack):
-                self._given = None
-
-        return tell
+    return tell
 
 
 def asked(layer: nn.Module, cache: KVDBCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The query of a decoder layer that is given these arguments, scaled: (batch, heads, queries, head_dim). None where it asks nothing: then
     the cache is told."""
     try:
+        if any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules() if part is not layer):
+            raise Unsupported("parts of its layers have hooks, which would see more calls than the model makes")
         with cache.probing():
             layer.forward(*args, **kwargs)
         reason = "it did not come to KVDB's attention"

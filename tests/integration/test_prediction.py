@@ -133,3 +133,46 @@ def test_a_model_whose_layers_are_not_found_is_not_predicted(store: KVDB, monkey
         cache = kv.cache(ids)
         greedy(model, ids, cache, 2)
         assert "not found" in cache.stats()["prefetch"]["why"]
+
+
+def test_caches_that_take_turns_within_a_step_are_not_mixed_up(store: KVDB) -> None:
+    """A step of one begins while another one, as long, is between two layers: as two threads with one model do."""
+    model, ids = (
+        tiny("gemma3", num_hidden_layers=4, layer_types=["full_attention", "sliding_attention"] * 2),
+        prompt(TOKENS),
+    )
+    other_ids = torch.cat((ids[:, :-2], prompt(2, seed=4)), 1)
+    with attach(model, store, prefetch=True, budget=0.2) as kv:
+        expected = [kv.cache(each) for each in (ids, other_ids)]
+        logits = [
+            model(input_ids=i[:, -1:], past_key_values=c).logits
+            for i, c in zip((ids, other_ids), expected, strict=True)
+        ]
+        one, other = kv.cache(ids), kv.cache(other_ids)
+        layers = decoder_layers(model, 4)
+        assert layers is not None
+        between = list[Tensor]()
+
+        def turn(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if kwargs.get("past_key_values") is one and not one.is_probing and not between:
+                between.append(model(input_ids=other_ids[:, -1:], past_key_values=other).logits)
+
+        layers[1].register_forward_pre_hook(turn, with_kwargs=True, prepend=True)
+        found = model(input_ids=ids[:, -1:], past_key_values=one).logits
+        assert torch.equal(found, logits[0])
+        assert torch.equal(between[0], logits[1])
+        for cache in (one, other):
+            assert {layer.get_seq_length() for layer in cache.layers} == {TOKENS}
+            assert cache.given is None
+
+
+def test_layers_with_hooks_of_others_are_not_probed(store: KVDB) -> None:
+    model, ids = tiny("llama"), prompt(TOKENS)
+    calls = []
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr,index]
+    with attach(model, store, prefetch=True, budget=0.2) as kv:
+        cache = kv.cache(ids)
+        calls.clear()
+        greedy(model, ids, cache, 5)
+        assert "have hooks" in cache.prefetch.stats()["why"]
+    assert len(calls) == 5

@@ -55,3 +55,22 @@ def test_it_can_be_asked_for(tmp_path: Path, recompute: bool) -> None:
             assert cache.metrics.reused_tokens == (0 if recompute else 1299)
             assert torch.equal(greedy(model, ids, cache, 6), expected)
         assert db.info()["segments"] == stored  # what is computed again is stored once
+
+
+@pytest.mark.parametrize("where", ["readonly", "capped"])
+def test_what_could_not_be_stored_is_loaded(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes: all of it would stay in memory, or push something out."""
+    model, ids = tiny("llama"), prompt(1300)
+    with opened(tmp_path / "s") as db, attach(model, db, exact=True) as kv:
+        kv.cache(ids)
+        if where == "capped":
+            db.set_size_cap("1GiB")
+    monkeypatch.setattr("kvdb.runtime.costs.Rate.seconds", lambda self, units: units)  # a byte takes as long as a token
+    monkeypatch.setattr("kvdb.runtime.history.History.absent_bytes", lambda self: 1 << 30)
+    with opened(tmp_path / "s", "r" if where == "readonly" else "a") as db, attach(model, db, exact=True) as kv:
+        cache = kv.cache(ids)
+        assert cache.metrics.reused_tokens == 1299
+        assert cache.stats()["reuse"] == "what is computed again could not be stored"
+    with opened(tmp_path / "s") as db, attach(model, db, exact=True) as kv:
+        db.set_size_cap("unlimited")
+        assert kv.cache(ids).metrics.reused_tokens == 0  # and otherwise it would be

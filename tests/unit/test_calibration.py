@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import TWO_GROUPS, assert_healthy, assert_reads_back, extend, takes_direct, token_list
 
@@ -13,6 +14,7 @@ from kvdb import KVDB, calibration, files
 from kvdb.calibration import way_to_read
 from kvdb.errors import InvalidInput, Unsupported
 from kvdb.options import Options
+from kvdb.requests import REQUESTS
 
 
 @pytest.fixture
@@ -74,6 +76,37 @@ def test_network_file_systems_are_not_mapped(chunks: Path, tmp_path: Path) -> No
     assert way_to_read(chunks, 1, mounts) == ("pread", "nfs4 is a network file system")
     assert way_to_read(tmp_path, 1, mounts).name == "mmap"
     assert way_to_read(chunks, 1, tmp_path / "none").name == "mmap"
+
+
+def test_a_network_file_system_is_found_on_top_of_others_and_under_any_name(tmp_path: Path) -> None:
+    mounts, place = tmp_path / "mounts", tmp_path / "données et autres"
+    (place / "chunks").mkdir(parents=True)
+    escaped = str(place).replace(" ", "\\040")
+    mounts.write_text(f"/dev/a / ext4 rw 0 0\nsystemd-1 {escaped} autofs rw 0 0\nhost:/x {escaped} nfs4 rw 0 0\n")
+    assert way_to_read(place / "chunks", 1, mounts).name == "pread"
+
+
+def test_reads_that_fail_are_not_taken_for_fast_ones(chunks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not takes_direct(chunks):
+        pytest.skip("no O_DIRECT here")
+    no_memory(monkeypatch)
+    for kind in REQUESTS.values():
+
+        def wait(self: Any, *args: Any, real: Any = kind.wait, **options: Any) -> Any:
+            return np.full_like(real(self, *args, **options), -22)
+
+        monkeypatch.setattr(kind, "wait", wait)
+    name, why = way_to_read(chunks, 4 << 20)
+    assert name == "mmap"
+    assert "reads past the page cache give [-22], expected 16384" in why
+
+
+def test_a_shard_that_goes_meanwhile_is_passed_over(chunks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_memory(monkeypatch)
+    (chunks / "b.kv0").mkdir()
+    (chunks / "b.kv0" / "c.0.0.0.0.0").symlink_to(chunks / "gone")
+    times(monkeypatch, 1, 2)
+    assert way_to_read(chunks, 4 << 20).name == "direct"
 
 
 def test_other_systems_read_by_position(chunks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvdb.runtime.costs import Costs, Rate
+from kvdb.runtime.costs import LOOK_AGAIN, Costs, Rate
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,19 @@ def test_the_latest_measurement_counts_most() -> None:
     for _ in range(3):
         rate.note(10, 50)
     assert 4 < (rate.seconds(1) or 0) < 5
+
+
+def test_what_cannot_be_stored_is_not_computed_again() -> None:
+    costs = Costs(None)
+    costs.reading.note(1000, 1)
+    costs.computing.note(10, 0.001)
+    assert not costs.choose(100, 1000).load
+    assert costs.choose(100, 1000, storable=False) == (True, "what is computed again could not be stored")
+
+
+def test_reading_is_looked_at_again_after_a_while() -> None:
+    costs = Costs(None)
+    costs.reading.note(1000, 1)
+    costs.computing.note(10, 0.001)
+    loads = [costs.choose(100, 1000).load for _ in range(2 * LOOK_AGAIN + 2)]
+    assert loads == [False] * LOOK_AGAIN + [True] + [False] * LOOK_AGAIN + [True]

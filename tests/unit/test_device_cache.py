@@ -88,6 +88,28 @@ def test_an_error_while_reading_leaves_nothing_behind() -> None:
     assert cache.stats()["admitted"] == 2 + 32
 
 
+def test_an_error_while_copying_leaves_nothing_that_counts_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = of_slots(4)
+
+    def fail(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("the device")
+
+    with monkeypatch.context() as full:
+        full.setattr(torch.Tensor, "index_copy_", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            ask(cache, 1, [1, 2])
+    read: list[int] = []
+    assert torch.equal(ask(cache, 1, [1, 2], read), torch.stack([record(1, 1), record(1, 2)], 1))
+    assert read == [1, 2]
+
+
+def test_it_serves_inside_and_outside_of_inference_mode() -> None:
+    with torch.inference_mode():
+        cache = of_slots(4)
+        ask(cache, 1, [1, 2])
+    assert torch.equal(ask(cache, 1, [2, 3]), torch.stack([record(1, 2), record(1, 3)], 1))
+
+
 def test_shapes_share_the_budget_by_their_bytes() -> None:
     groups = (LayerGroup(layers=(0, 1, 2), kv_heads=2, head_dim=8), LayerGroup(layers=(3,), kv_heads=1, head_dim=16))
     shapes = shapes_of(Geometry(dtype="float16", chunk_tokens=16, groups=groups))
