@@ -161,7 +161,7 @@ def test_a_device_that_does_not_answer(tmp_path: Path, rule: dict[str, Any], mon
         kv.save(kv.cache(ids), name="n")
         expected = greedy(model, ids, kv.cache(ids), 6) if "exact" in rule else None
     with (
-        KVDB.open(tmp_path / "s", read_mode="direct", read_deadline_s=0.05) as db,
+        KVDB.open(tmp_path / "s", read_mode="direct", read_deadline_s=2) as db,
         attach(model, db, **rule) as kv,
     ):
         cache = kv.cache(ids)
