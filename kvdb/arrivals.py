@@ -13,7 +13,7 @@ import numpy as np
 from kvdb.errors import Damaged
 from kvdb.extents import Extents, around, exactly
 from kvdb.requests import Requests, Ticket
-from kvdb.slabs import private_pages
+from kvdb.slabs import Pool, private_pages
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -44,7 +44,9 @@ class Arrival:
     number  from 1 on, in a tier
     memory  (m, row_bytes) uint8, C-contiguous from a page on
     slots   (n,) int64: which row of `memory` each goes to
-    pooled  whether `memory` is a pool's, whose slots are pinned until this is over
+    pool    whose `memory` is, with slots that are pinned until this is over; None: memory of one lease
+    lock    of who sends it or takes what has come; not held while that is waited for
+    asked_bytes  of the file
     failed  once it is over: row -> (offset, bytes that came of the read with it, or -errno), of rows that are not there
     """
 
@@ -53,16 +55,28 @@ class Arrival:
     rows: Array
     slots: Array
     memory: Array
-    pooled: bool
+    pool: Pool | None
     over: bool = False
     failed: dict[int, tuple[int, int]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     ticket: Ticket | None = None
     _extents: Extents | None = None
     _bounce: Array | None = None
+    asked_bytes: int = 0
 
-    def submit(self, requests: Requests) -> int:
-        """Ask for all rows; returns the bytes that were asked for. Called once."""
+    @property
+    def sent(self) -> bool:
+        """Whether the device may write into `memory`, until this is over."""
+        return self.ticket is not None and self.ticket.begun
+
+    def send(self, requests: Requests) -> None:
+        """Ask for all rows. After one that failed `sent` tells whether they may come; if not, it may be called again."""
+        if self.ticket is None:
+            self._prepare(requests)
+        assert self.ticket is not None
+        requests.send(self.ticket)
+
+    def _prepare(self, requests: Requests) -> None:
         file, row = self.file, self.file.row_bytes
         if row % file.align:
             asked = around(self.rows, row, file.align)
@@ -74,11 +88,12 @@ class Arrival:
             addresses = self.memory.ctypes.data + self.slots[asked.first] * row
         self._extents = asked
         keep = self.memory if self._bounce is None else self._bounce
-        self.ticket = requests.submit(file.fd, asked.offsets, asked.sizes, addresses, keep)
-        return int(asked.sizes.sum())
+        self.asked_bytes = int(asked.sizes.sum())
+        self.ticket = requests.ticket(file.fd, asked.offsets, asked.sizes, addresses, keep)
 
     def take(self, results: Array) -> Array:
-        """Put what came where it belongs, and note what did not: returns which of the rows are there, (n,) of bool.
+        """Put what came where it belongs, and note what did not: returns which of the rows are there, (n,) of bool. The same
+        if called again, as after an interrupt.
 
         results  (m,) int64: what `Requests.wait` says of the reads
         """
@@ -95,8 +110,12 @@ class Arrival:
                 int(asked.offsets[asked.of[i]]) if found < 0 else int(self.rows[i]) * row,
                 found if found < 0 else max(0, found - int(asked.at[i])),
             )
-        self._extents = self._bounce = None
         return there
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self.over = True
+        self._extents = self._bounce = None
 
     def fail(self, number: int) -> Array:
         """Nothing came, for the reason that an errno says; returns as `take`."""

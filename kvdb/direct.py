@@ -17,7 +17,7 @@ import numpy as np
 
 from kvdb import files
 from kvdb.arrivals import RowFile
-from kvdb.errors import Damaged
+from kvdb.errors import Damaged, OutOfMemory
 from kvdb.host import HostTier, Lease
 from kvdb.positioned import PreadReader
 from kvdb.reader import Array, Lending, OpenArray, Verified
@@ -104,12 +104,14 @@ class DirectReader(PreadReader):
         return super()._absent(array) if file is None else self._tier.absent_bytes(file)
 
     def _begin(self, array: OpenArray, rows: Array) -> None:
-        """What is lent stays good."""
+        """What is lent stays good. Records for which the tier has no room are left alone."""
         file = self._direct.get(array)
         if file is not None:
-            lease = self._tier.lease(file, rows)
-            self.bytes_fetched += lease.fetched
-            self._tier.release(lease)
+            # What the system refuses now it may refuse who reads these records, and is told then.
+            with contextlib.suppress(OSError, OutOfMemory):
+                lease = self._tier.lease(file, rows, only_slots=True)
+                self.bytes_fetched += lease.fetched
+                self._tier.release(lease)
 
     def weigh(self, segment: Segment, layer: int, records: Array, weights: Array) -> None:
         array, rows = self._locate(segment, layer, records)

@@ -10,6 +10,11 @@ share, and otherwise evicts rows of its own, as its policy says.
 Beside the budget a read may need memory of its own while it lasts: for the blocks around rows that do not begin and end with one, and
 for rows for which there is no slot, all being leased, or a row being larger than the budget. Locks are held for
 bookkeeping only, never while waiting for a device.
+
+What a finalizer calls (`release`, `drop`, `retire`) comes from the garbage collector, at any allocation, also from inside a call of ours
+that holds the lock: it is put down for whoever takes the lock next. An interrupt may end a call between any two steps: what is written
+down of the pools is then not to be trusted, and they are begun anew. Leases keep what they have; its memory is beside the budget until
+they are released.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -25,7 +31,7 @@ import numpy as np
 
 from kvdb import files, forks
 from kvdb.arrivals import Arrival, RowFile
-from kvdb.errors import InvalidInput, Stalled
+from kvdb.errors import InvalidInput
 from kvdb.replacement import REPLACEMENT
 from kvdb.requests import Requests, best_requests
 from kvdb.slabs import Pool, private_pages
@@ -58,6 +64,7 @@ class Lease:
     numbers   (n,) int64: the arrival a row is waited for with, 0 for none
     arrivals  of those that are waited for, in the order they were asked for
     fetched   bytes that were asked of the file for this lease
+    released  or put down for it; whoever drops one that is not, has it put down in `later`
     """
 
     file: RowFile
@@ -66,7 +73,13 @@ class Lease:
     slots: Array
     numbers: Array
     arrivals: list[Arrival]
+    later: deque[Lease | RowFile]
     fetched: int = 0
+    released: bool = False
+
+    def __del__(self) -> None:
+        if not getattr(self, "released", True):  # absent where an interrupt came while this was made
+            self.later.append(self)
 
     @property
     def pooled(self) -> bool:
@@ -93,30 +106,38 @@ class HostTier:
         self._arrivals: dict[int, Arrival] = {}
         self._last = 0
         self._requests: Requests | None = None
-        self._retired: list[RowFile] = []
+        self._later: deque[Lease | RowFile] = deque()  # to be released or dropped
+        self._retired: deque[RowFile] = deque()
+        self._writing = False
 
     def after_fork(self) -> None:
         self._begin()
 
     # -- leasing
 
-    def lease(self, file: RowFile, rows: Array) -> Lease:
+    def lease(self, file: RowFile, rows: Array, *, only_slots: bool = False) -> Lease:
         """Give rows a place, begin to read those that are not there, and pin all of them until `release`.
 
-        rows    (n,) int64, in the file; may repeat
-        raises  OSError where the system refuses to read
+        rows        (n,) int64, in the file; may repeat
+        only_slots  rows for which there is no slot are left alone: for one that is not waited for
+        raises      OSError where the system refuses to read
         """
         self._reap()
         with self._lock:
+            self._catch_up()
             pool = self._pool(file.row_bytes)
+            self._writing = True
             slots = pool.table.lookup(file.key, rows)
             begun = self._begin_missing(pool, file, rows, slots) if slots.min(initial=0) < 0 else []
             numbers = pool.arrival[slots] if self._arrivals else np.zeros(len(rows), np.int64)
             waited = [self._arrivals[n] for n in np.unique(numbers[slots >= 0]).tolist() if n]
-        lease = Lease(file=file, rows=rows, pool=pool, slots=slots, numbers=numbers, arrivals=waited)
+            lease = Lease(
+                file=file, rows=rows, pool=pool, slots=slots, numbers=numbers, arrivals=waited, later=self._later
+            )
+            self._writing = False
         try:
             self._submit(lease, begun)
-            if not lease.pooled:
+            if not (lease.pooled or only_slots):
                 self._submit(lease, self._begin_private(lease))
         except BaseException:
             self.release(lease)
@@ -142,43 +163,50 @@ class HostTier:
             self._wait(lease, arrival, deadline, timeout_s)
             places = np.flatnonzero(lease.numbers == arrival.number)
             which = lease.slots[places]
-            if not arrival.pooled:
+            if arrival.pool is None:
                 which = arrival.slots[np.searchsorted(arrival.rows, lease.rows[places])]
             yield Part(arrival.memory, which, places)
 
     def release(self, lease: Lease) -> None:
-        """Let the rows of a lease be evicted. Once for each lease; in a child of fork, of its parent's too."""
-        with self._lock:
-            lease.pool.table.release(lease.slots if lease.pooled else lease.slots[lease.slots >= 0])
+        """Let the rows of a lease be evicted; again is fine. Takes no lock that its thread may hold."""
+        self._later.append(lease)
+        self._catch_up_if_free()
 
     def absent_bytes(self, file: RowFile) -> int:
         """Bytes of the rows of a file that are not here."""
         with self._lock:
+            self._catch_up()
             held = self._pool(file.row_bytes).table.find(file.key, np.arange(file.rows)) >= 0
         return (file.rows - int(np.count_nonzero(held))) * file.row_bytes
 
     def forget(self, file: RowFile, rows: Array) -> None:
         """Have rows read anew when they are asked for next."""
         with self._lock:
+            self._catch_up()
+            self._writing = True
             self._pool(file.row_bytes).table.forget(file.key, rows)
+            self._writing = False
 
     def drop(self, file: RowFile) -> None:
-        """All rows of a file, which nobody will ask for again."""
-        with self._lock:
-            self._pool(file.row_bytes).table.drop(file.key)
+        """All rows of a file, which nobody will ask for again. Takes no lock that its thread may hold."""
+        self._later.append(file)
+        self._catch_up_if_free()
 
     def weigh(self, file: RowFile, rows: Array, weights: Array) -> None:
         """Say what rows are worth, for a policy that looks at it: (n,) each, rows not repeated."""
         with self._lock:
+            self._catch_up()
+            self._writing = True
             self._pool(file.row_bytes).table.weigh(file.key, rows, weights)
+            self._writing = False
 
     def retire(self, file: RowFile) -> bool:
-        """Nobody reads a file any more. Returns whether its descriptor is still read through: then it is closed here, later."""
-        self._reap()
-        with self._lock:
-            busy = any(arrival.file is file for arrival in self._arrivals.values())
-            if busy:
-                self._retired.append(file)
+        """Nobody reads a file any more. Returns whether its descriptor is still read through: then it is closed here, later. Takes no lock
+        that its thread may hold.
+        """
+        busy = any(arrival.file is file for arrival in list(self._arrivals.values()))
+        if busy:
+            self._retired.append(file)
         return busy
 
     # -- figures
@@ -186,6 +214,7 @@ class HostTier:
     def stats(self) -> dict[str, int | str]:
         """Rows since the beginning: found, not found, taken in, evicted. Bytes now: of slabs in use, and most that they may be."""
         with self._lock:
+            self._catch_up()
             tables = [pool.table for pool in self._pools.values()]
             return {
                 "hits": sum(table.hits for table in tables),
@@ -208,7 +237,43 @@ class HostTier:
             requests.close(timeout_s)
             self._requests = requests
             self._reap()
+        with self._lock:
+            self._catch_up()
         self._begin()
+
+    # -- what was put down or interrupted
+
+    def _catch_up(self) -> None:
+        """Under the lock, before anything is looked up: what was put down while somebody held it, and what an interrupt left."""
+        if self._writing:
+            self._pools = {}
+            self._writing = False
+        while self._later:
+            self._writing = True
+            given = self._later.popleft()
+            if isinstance(given, RowFile):
+                self._pool(given.row_bytes).table.drop(given.key)
+            elif not given.released:
+                given.released = True
+                if self._is_ours(given.pool):
+                    given.pool.table.release(given.slots if given.pooled else given.slots[given.slots >= 0])
+            self._writing = False
+        for _ in range(len(self._retired)):
+            file = self._retired.popleft()
+            if any(arrival.file is file for arrival in self._arrivals.values()):
+                self._retired.append(file)
+            else:
+                files.close(file.fd)
+
+    def _catch_up_if_free(self) -> None:
+        """Where the lock is taken, and be it by our own thread, whoever takes it next does it."""
+        if not self._lock.locked():
+            with self._lock:
+                self._catch_up()
+
+    def _is_ours(self, pool: Pool) -> bool:
+        """Not one from before an interrupt or a fork."""
+        return self._pools.get(pool.row_bytes) is pool
 
     # -- room
 
@@ -249,7 +314,7 @@ class HostTier:
         slots[lacking] = given[inverse]
         missing, given = missing[given >= 0], given[given >= 0]
         pool.table.pin(given)  # for the arrivals, beside the pins of the lease
-        begun = self._pieces(file, missing, given, pool.view, pooled=True)
+        begun = self._pieces(file, missing, given, pool.view, pool)
         for arrival in begun:
             pool.arrival[arrival.slots] = arrival.number
         return begun
@@ -261,40 +326,46 @@ class HostTier:
         size = len(rows) * file.row_bytes
         memory = np.frombuffer(private_pages(size), np.uint8)[:size].reshape(-1, file.row_bytes)
         with self._lock:
-            begun = self._pieces(file, rows, np.arange(len(rows)), memory, pooled=False)
+            begun = self._pieces(file, rows, np.arange(len(rows)), memory, None)
         starts = [int(arrival.rows[0]) for arrival in begun]
         lease.numbers[lacking] = begun[0].number - 1 + np.searchsorted(starts, lease.rows[lacking], side="right")
         return begun
 
-    def _pieces(self, file: RowFile, rows: Array, slots: Array, memory: Array, *, pooled: bool) -> list[Arrival]:
-        """Arrivals that nobody can wait for yet: their locks are held. The caller holds ours."""
+    def _pieces(self, file: RowFile, rows: Array, slots: Array, memory: Array, pool: Pool | None) -> list[Arrival]:
+        """Arrivals, not sent yet. The caller holds the lock."""
         piece = max(1, min(_PIECE_ROWS, _PIECE_BYTES // file.row_bytes))
         begun = []
         for at in range(0, len(rows), piece):
             self._last += 1
-            arrival = Arrival(self._last, file, rows[at : at + piece], slots[at : at + piece], memory, pooled)
-            arrival.lock.acquire()
+            arrival = Arrival(self._last, file, rows[at : at + piece], slots[at : at + piece], memory, pool)
             self._arrivals[self._last] = arrival
             begun.append(arrival)
         return begun
 
     def _submit(self, lease: Lease, begun: list[Arrival]) -> None:
-        """Send arrivals on their way and let everybody wait for them. What cannot be sent has failed."""
+        """Send arrivals on their way. What cannot be sent has failed; what an interrupt keeps from that is sent by who waits for it."""
         waited = {arrival.number for arrival in lease.arrivals}
         lease.arrivals += [arrival for arrival in begun if arrival.number not in waited]
-        trouble: BaseException | None = None
-        for arrival in begun:
-            try:
-                if trouble is None:
-                    lease.fetched += arrival.submit(self._sending())
-            except BaseException as e:  # an interrupt too: nobody may be left waiting for what was never sent
-                trouble = e
-            if arrival.ticket is None:
-                number = trouble.errno if isinstance(trouble, OSError) else None
+        try:
+            for arrival in begun:
+                self._send(arrival)
+                lease.fetched += arrival.asked_bytes
+        except BaseException as trouble:
+            for arrival in begun:
+                self._fail_unsent(arrival, trouble)
+            raise
+
+    def _send(self, arrival: Arrival) -> None:
+        with arrival.lock:
+            if not (arrival.over or arrival.sent):
+                arrival.send(self._sending())
+
+    def _fail_unsent(self, arrival: Arrival, trouble: BaseException) -> None:
+        """Where reads may have gone off the arrival stays, and its slots pinned, until they are over."""
+        number = trouble.errno if isinstance(trouble, OSError) else None
+        with arrival.lock:
+            if not (arrival.over or arrival.sent):
                 self._end(arrival, arrival.fail(number or errno.EIO))
-            arrival.lock.release()
-        if trouble is not None:
-            raise trouble
 
     def _sending(self) -> Requests:
         with self._lock:
@@ -303,50 +374,55 @@ class HostTier:
             return self._requests
 
     def _wait(self, lease: Lease, arrival: Arrival, deadline: float, timeout_s: float) -> None:
-        if not arrival.over:
-            if not arrival.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                raise Stalled(
-                    f"{lease.file.where}: reads of another thread are not over after {timeout_s:g} s, expected all to be; look at "
-                    "the device (dmesg), and try again"
-                )
+        if not (arrival.over or arrival.sent):
             try:
-                if not arrival.over:
-                    self._settle(arrival, max(0.0, deadline - time.monotonic()))
-            finally:
-                arrival.lock.release()
+                self._send(arrival)
+            except BaseException as trouble:
+                self._fail_unsent(arrival, trouble)
+                raise
+        if not arrival.over:
+            self._settle(arrival, min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
         arrival.expect(lease.rows)
 
     def _settle(self, arrival: Arrival, timeout_s: float) -> None:
-        """Take what has come. The caller holds the arrival's lock.
+        """Take what has come of one that was sent.
 
         raises  Stalled where not all has
         """
         assert arrival.ticket is not None
-        self._end(arrival, arrival.take(self._sending().wait(arrival.ticket, timeout_s)))
+        results = self._sending().wait(arrival.ticket, timeout_s)
+        with arrival.lock:
+            if not arrival.over:
+                self._end(arrival, arrival.take(results))
 
     def _end(self, arrival: Arrival, there: Array) -> None:
-        """there  (n,) of bool: which rows have come"""
+        """The caller holds the arrival's lock.
+
+        there  (n,) of bool: which rows have come
+        """
         with self._lock:
-            del self._arrivals[arrival.number]
-            if arrival.pooled:
-                pool = self._pools[arrival.file.row_bytes]
+            self._catch_up()
+            self._writing = True
+            pool = arrival.pool
+            if pool is not None and self._is_ours(pool):
                 pool.arrival[arrival.slots] = 0
                 if not there.all():
                     pool.table.forget(arrival.file.key, arrival.rows[~there])
                 pool.table.release(arrival.slots)
-            if self._retired:
-                busy = {id(a.file) for a in self._arrivals.values()}
-                for file in [file for file in self._retired if id(file) not in busy]:
-                    self._retired.remove(file)
-                    files.close(file.fd)
-            arrival.over = True
+            self._arrivals.pop(arrival.number, None)
+            arrival.end()
+            self._writing = False
+            self._catch_up()
 
     def _reap(self) -> None:
-        """Take what has come for nobody in particular."""
+        """Take what has come for nobody in particular, and send what an interrupt kept from it. What fails is told to who waits."""
         for arrival in list(self._arrivals.values()) if self._arrivals else ():
-            if arrival.lock.acquire(blocking=False):
-                try:
-                    if not arrival.over and arrival.ticket is not None and self._sending().done(arrival.ticket):
-                        self._settle(arrival, 0.0)
-                finally:
-                    arrival.lock.release()
+            if arrival.lock.locked():
+                continue
+            try:
+                if not arrival.sent:
+                    self._send(arrival)
+                elif arrival.ticket is not None and self._sending().done(arrival.ticket):
+                    self._settle(arrival, 0.0)
+            except (OSError, RuntimeError, MemoryError, InvalidInput) as trouble:
+                self._fail_unsent(arrival, trouble)

@@ -7,6 +7,7 @@ than its ticket and its `Requests`. A device that never answers costs that memor
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Final
 
@@ -18,14 +19,18 @@ Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Ticket:
-    """A batch of reads that was submitted. Who submitted it hands it to `done` and `wait`; only members look inside.
+    """A batch of reads. Who made it hands it to `send`, `done` and `wait`; only members look inside, but for `begun`.
 
+    begun    some of the reads may be on their way. False after a `send` that failed: none is, nor ever will be
     left     how many reads are not over
-    unsent   how many of them were not even sent
+    pending  (n,) bool: which
+    unsent   about how many of them were not even sent
     results  (n,) int64, bytes read or -errno, of those that are
     """
 
-    __slots__ = ("__weakref__", "addresses", "fd", "keep", "left", "maker", "offsets", "results", "sizes", "unsent")
+    __slots__ = (
+        "__weakref__", "addresses", "begun", "fd", "keep", "left", "maker", "offsets", "pending", "results", "sizes", "unsent",
+    )  # fmt: skip
 
     def __init__(self, maker: object, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> None:
         self.maker, self.fd, self.keep = maker, fd, keep
@@ -37,6 +42,8 @@ class Ticket:
             )
         self.left = self.unsent = len(offsets)
         self.results: Int64s = np.zeros(self.left, np.int64)
+        self.pending = np.ones(self.left, bool)
+        self.begun = False
 
     def where(self) -> str:
         """What is read, for a message."""
@@ -50,6 +57,42 @@ UNDER_WAY: Final[set[Ticket]] = set()
 """Batches with reads that are not over. What is never over stays: to write into memory of another use is worse than to lose it."""
 
 
+NAP_S: Final = 0.05
+"""Most that a thread sleeps before it looks again: what a lost wake-up may cost."""
+
+
+class Bells:
+    """Threads that wait for what others take. Not a threading.Condition: an interrupt inside its `with` may leave its lock held for ever,
+    and one inside its `wait` lets go of a lock that another thread holds.
+
+    Who waits hangs a bell up under the lock that guards what it waits for, lets go of that lock, and listens.
+    """
+
+    def __init__(self) -> None:
+        self._hung: set[threading.Lock] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._hung)
+
+    def hang(self) -> threading.Lock:
+        bell = threading.Lock()
+        bell.acquire()
+        self._hung.add(bell)
+        return bell
+
+    def listen(self, bell: threading.Lock, timeout_s: float | None) -> None:
+        """Until it rings, or a nap, or `timeout_s`."""
+        try:
+            bell.acquire(timeout=NAP_S if timeout_s is None else max(0.0, min(timeout_s, NAP_S)))
+        finally:
+            self._hung.discard(bell)
+
+    def ring(self) -> None:
+        """Under that lock."""
+        while self._hung:
+            self._hung.pop().release()
+
+
 class Requests(ABC):
     """Reads in flight. Any thread may submit, and wait for what another one submitted.
 
@@ -59,9 +102,8 @@ class Requests(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def submit(self, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
-        """Send reads on their way. Waits for none of them, nor for room: what the queue does not take now goes when reads before it are
-        over.
+    def ticket(self, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
+        """A batch of reads, to be sent: who has it already when it is sent knows what may be on its way if sending fails.
 
         fd         open for reading until the reads are over, without O_NONBLOCK, which may make a read fail with EAGAIN
         offsets    (n,) int64, 0 or more: bytes into the file. As `sizes` and `addresses`, not to be changed before the reads are over
@@ -70,6 +112,21 @@ class Requests(ABC):
         keep       what owns that memory; referenced until the reads are over
         raises     InvalidInput where the arrays differ in length, or after `close`; in a child of fork Unsupported, as when made
         """
+
+    @abstractmethod
+    def send(self, ticket: Ticket) -> None:
+        """Send the reads of a batch on their way, once. Waits for none of them, nor for room: what the queue does not take now goes when
+        reads before it are over.
+
+        raises  OSError or RuntimeError where the system refuses, InvalidInput after `close` or for a ticket of others. After any of
+                them, and after an interrupt, `ticket.begun` tells whether reads may be on their way: then they are waited for as always
+        """
+
+    def submit(self, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
+        """`ticket`, then `send`: for memory that `keep` is all there is to know about."""
+        ticket = self.ticket(fd, offsets, sizes, addresses, keep)
+        self.send(ticket)
+        return ticket
 
     @abstractmethod
     def done(self, ticket: Ticket) -> bool:

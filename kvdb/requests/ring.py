@@ -1,7 +1,7 @@
 """io_uring by system calls: a queue of reads and a queue of their results, shared with the kernel. Knows no batches and takes no lock.
 
-Numbers and layouts are those of linux/io_uring.h. One thread at a time may `put` and `send`, one at a time may `take`, any may
-`sleep`. The kernel reads what was put inside our own call, so that order needs no care; what it writes it may write from another
+Numbers and layouts are those of linux/io_uring.h. One thread at a time may `put` and `send`, one at a time may `peek` and `drop`, any
+may `sleep`. The kernel reads what was put inside our own call, so that order needs no care; what it writes it may write from another
 processor, and only on x86 are two plain loads never swapped: elsewhere there is no ring.
 """
 
@@ -142,8 +142,18 @@ class Ring:
         """How many reads were put and the kernel has not taken."""
         return (int(self._sq_tail[0]) - int(self._sq_head[0])) & 0xFFFFFFFF
 
+    @property
+    def tail(self) -> int:
+        """Where the next read is put: what tells whether a `put` that was interrupted took place."""
+        return int(self._sq_tail[0])
+
+    @property
+    def in_flight(self) -> int:
+        """How many reads were put whose results were not dropped."""
+        return (int(self._sq_tail[0]) - int(self._cq_head[0])) & 0xFFFFFFFF
+
     def put(self, fd: int, offsets: Array, sizes: Array, addresses: Array, marks: Array) -> None:
-        """Queue reads; no more than there is room for: `capacity - unsent`.
+        """Queue reads; no more than there is room for: `capacity - unsent`. All of them or, where it fails, none.
 
         marks  (n,) uint64, which come back with the results
         """
@@ -173,7 +183,7 @@ class Ring:
                 return
 
     def sleep(self, count: int, timeout_s: float | None) -> None:
-        """Wait until `count` results more are there than were taken, at most so long; a signal may end it earlier."""
+        """Wait until `count` results more are there than were dropped, at most so long; a signal may end it earlier."""
         flags, argument = ENTER_GETEVENTS | ENTER_EXT_ARG, GetEvents()
         if timeout_s is not None:
             span = Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
@@ -182,13 +192,15 @@ class Ring:
         if found < 0 and ctypes.get_errno() not in (errno.ETIME, errno.EINTR, errno.EAGAIN, errno.EBUSY):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "io_uring_enter")
 
-    def take(self) -> tuple[Array, Array]:
-        """The marks and results, (n,) uint64 and int32, of reads that are over; each is taken once."""
+    def peek(self) -> tuple[Array, Array]:
+        """The marks and results, (n,) uint64 and int32, of reads that are over; again and again, until they are dropped."""
         head, tail = int(self._cq_head[0]), int(self._cq_tail[0])
         at, count = head % len(self._cqes), (tail - head) & 0xFFFFFFFF
-        taken = self._cqes[at : at + count]
-        if len(taken) < count:
-            taken = np.concatenate((taken, self._cqes[: count - len(taken)]))
-        marks, results = taken["user_data"].copy(), taken["res"].copy()
-        self._cq_head[0] = tail
-        return marks, results
+        found = self._cqes[at : at + count]
+        if len(found) < count:
+            found = np.concatenate((found, self._cqes[: count - len(found)]))
+        return found["user_data"].copy(), found["res"].copy()
+
+    def drop(self, count: int) -> None:
+        """Make room: the first `count` results were noted."""
+        self._cq_head[0] = (int(self._cq_head[0]) + count) & 0xFFFFFFFF

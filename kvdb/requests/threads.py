@@ -13,7 +13,7 @@ from typing import ClassVar, Final
 
 from kvdb import files, forks
 from kvdb.errors import Stalled
-from kvdb.requests.base import UNDER_WAY, Int64s, Requests, Ticket, check_maker, closed, stalled
+from kvdb.requests.base import UNDER_WAY, Bells, Int64s, Requests, Ticket, check_maker, closed, stalled
 
 DEPTH: Final = 32
 
@@ -21,7 +21,7 @@ DEPTH: Final = 32
 class _Pool:
     """Threads and what they are to do: those of one process, replaced as a whole in a child.
 
-    todo     a batch and whose turn its next read is, once for each thread that should help with it; None ends a thread
+    todo     a batch and whose turn its next read is, once for each thread that should help with it; None ends all threads
     helpers  how many times a thread should help or does, under `over`
     closed   what is not read yet is not to be read
     """
@@ -29,7 +29,7 @@ class _Pool:
     def __init__(self) -> None:
         self.todo: queue.SimpleQueue[tuple[Ticket, Iterator[int]] | None] = queue.SimpleQueue()
         self.threads: list[threading.Thread] = []
-        self.over = threading.Condition(threading.Lock())
+        self.over, self.bells = threading.Lock(), Bells()
         self.tickets: set[Ticket] = set()
         self.helpers, self.closed = 0, False
 
@@ -37,6 +37,7 @@ class _Pool:
         while (task := self.todo.get()) is not None:
             self._help(*task)
             del task  # or the memory of the last batch would be kept
+        self.todo.put(None)  # for the next one; an interrupt may have kept us from knowing how many there are
 
     def _help(self, ticket: Ticket, turns: Iterator[int]) -> None:
         count = 0
@@ -50,12 +51,11 @@ class _Pool:
                 self.tickets.discard(ticket)
                 UNDER_WAY.discard(ticket)
                 ticket.keep = None
-                self.over.notify_all()
+                self.bells.ring()
 
     def end(self) -> None:
         self.closed = True
-        for _ in self.threads:
-            self.todo.put(None)
+        self.todo.put(None)
 
 
 def _read(ticket: Ticket, index: int) -> int:
@@ -96,29 +96,49 @@ class Threads(Requests):
         self._begin()
         self._pool.closed = was_closed
 
-    def submit(self, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
+    def ticket(self, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
+        return Ticket(self._pool, fd, offsets, sizes, addresses, keep)
+
+    def send(self, ticket: Ticket) -> None:
+        check_maker(ticket, self._pool)
         pool = self._pool
-        ticket = Ticket(pool, fd, offsets, sizes, addresses, keep)
         with self._starting:
             if pool.closed:
-                raise closed(f"descriptor {fd}")
-            if ticket.left:
-                helpers, turns = min(ticket.left, self._depth), itertools.count()
+                raise closed(ticket.where())
+            if not ticket.left or ticket.begun:
+                return
+            helpers, task = min(ticket.left, self._depth), (ticket, itertools.count())
+            self._start(min(pool.helpers + helpers, self._depth))
+            try:
                 with pool.over:
                     pool.helpers += helpers
-                self._start(min(pool.helpers, self._depth))
                 UNDER_WAY.add(ticket)
                 pool.tickets.add(ticket)
-                for _ in range(helpers):
-                    pool.todo.put((ticket, turns))
-        return ticket
+                put = pool.todo.put
+                ticket.begun = True  # nothing interrupts between this and what follows it
+                put(task)
+            except BaseException:
+                if not ticket.begun:
+                    UNDER_WAY.discard(ticket)
+                    pool.tickets.discard(ticket)
+                raise
+            for _ in range(helpers - 1):
+                put(task)
 
     def _start(self, count: int) -> None:
-        """Have at least so many threads: one that waits for a device helps with nothing else."""
+        """Have at least so many threads, or as many as the system lets us have: one that waits for a device helps with nothing else.
+
+        raises  RuntimeError where there are none
+        """
         threads = self._pool.threads
         while len(threads) < count:
             thread = threading.Thread(target=self._pool.work, name="kvdb-read", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                if not threads:
+                    raise
+                return
             threads.append(thread)
 
     def done(self, ticket: Ticket) -> bool:
@@ -127,11 +147,16 @@ class Threads(Requests):
 
     def wait(self, ticket: Ticket, timeout_s: float | None = None) -> Int64s:
         check_maker(ticket, self._pool)
-        began = time.monotonic()
-        with self._pool.over:
-            if not self._pool.over.wait_for(lambda: not ticket.left, timeout_s):
-                raise stalled(ticket, time.monotonic() - began)
-        return ticket.results
+        began, pool = time.monotonic(), self._pool
+        while True:
+            with pool.over:
+                if not ticket.left:
+                    return ticket.results
+                bell = pool.bells.hang()
+            waited_s = time.monotonic() - began
+            if timeout_s is not None and waited_s >= timeout_s:
+                raise stalled(ticket, waited_s)
+            pool.bells.listen(bell, None if timeout_s is None else timeout_s - waited_s)
 
     def close(self, timeout_s: float = 1.0) -> None:
         deadline = time.monotonic() + timeout_s

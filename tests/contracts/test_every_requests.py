@@ -323,6 +323,50 @@ def test_close_does_not_wait_for_ever_and_gives_back_no_memory(kind: type[Reques
         os.write(pen, b"abcd")  # a thread that waits for it ends
 
 
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e10])
+def test_a_wait_may_be_as_long_as_one_likes(kind: type[Requests], file: tuple[int, bytes], timeout_s: float) -> None:
+    with kind() as requests:
+        memory, offsets = random_reads(50, seed=8)
+        assert_read(memory, offsets, file[1], requests.wait(memory.submit(requests, file[0], offsets), timeout_s))
+
+
+def test_a_ticket_that_could_not_be_sent_is_not_under_way(kind: type[Requests], file: tuple[int, bytes]) -> None:
+    requests, memory = kind(), Memory([10])
+    ticket = requests.ticket(
+        file[0], np.zeros(1, np.int64), memory.sizes, memory.starts + memory.bytes.ctypes.data, memory
+    )
+    requests.close()
+    with pytest.raises(InvalidInput, match="closed"):
+        requests.send(ticket)
+    assert not ticket.begun
+    assert ticket not in UNDER_WAY
+
+
+def test_where_no_thread_can_be_started_what_went_off_is_still_waited_for(
+    kind: Callable[..., Requests], file: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More reads than fit at once, of which the rest is sent, or read, by a thread."""
+    with kind(depth=3) as requests:
+        memory, offsets = random_reads(100, seed=9)
+        ticket = requests.ticket(
+            file[0], np.array(offsets), memory.sizes, memory.starts + memory.bytes.ctypes.data, memory
+        )
+
+        def start(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with contextlib.suppress(RuntimeError):
+                requests.send(ticket)
+        if ticket.begun:
+            assert ticket in UNDER_WAY
+        else:
+            assert ticket not in UNDER_WAY
+            requests.send(ticket)
+        assert_read(memory, offsets, file[1], requests.wait(ticket, PATIENCE_S))
+
+
 def descriptors_and_threads() -> tuple[int, int]:
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from hypothesis import strategies as st
 from kvdb import KVDB, files
 from kvdb.codecs import CodecPlan
 from kvdb.direct import DirectReader
-from kvdb.errors import Damaged, InvalidInput, Stalled, Unsupported
+from kvdb.errors import Damaged, InvalidInput, OutOfMemory, Stalled, Unsupported
 from kvdb.format import SHARD_KEY, kv_array
 from kvdb.host import HostTier
 from kvdb.segments import Segment
@@ -142,6 +143,19 @@ def test_what_is_expected_is_not_read_again(segment: Segment, reader: DirectRead
     reader.expect(segment, 3, records[:0])
     with pytest.raises(InvalidInput, match="records"):
         reader.expect(segment, 3, np.array([-1]))
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.EIO, "I/O error"), OutOfMemory("no memory")])
+def test_what_fails_while_it_is_expected_shows_when_it_is_read(
+    segment: Segment, reader: DirectReader, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    def lease(*given: Any, **named: Any) -> Any:
+        raise trouble
+
+    monkeypatch.setattr(HostTier, "lease", lease)
+    reader.expect(segment, 3, np.arange(4))
+    with pytest.raises(type(trouble)):
+        reader.read(segment, 3, np.arange(4), np.empty((2, 4, 16, 80), "<f2"))
 
 
 def test_readers_of_a_handle_share_one_tier_and_others_have_their_own(segment: Segment, db: KVDB) -> None:

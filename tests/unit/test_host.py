@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
+import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdb import files
-from kvdb.arrivals import RowFile
+from kvdb.arrivals import Arrival, RowFile
 from kvdb.available import available_bytes
-from kvdb.errors import Damaged, InvalidInput, Stalled
+from kvdb.errors import Damaged, InvalidInput, Stalled, Unsupported
 from kvdb.host import HostTier, Lease
 from kvdb.replacement import REPLACEMENT
+from kvdb.requests import REQUESTS, Ticket
+from kvdb.slots import SlotTable
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Make = Callable[..., RowFile]
@@ -205,8 +211,8 @@ def test_rows_that_follow_each_other_are_read_together(make: Make) -> None:
     asked = []
     tier, file = HostTier(8 << 20), make(4096, 1000)
     read(tier, file, [999])
-    submit = tier._sending().submit
-    tier._sending().submit = lambda fd, *reads: asked.append(len(reads[0])) or submit(fd, *reads)  # type: ignore[method-assign]
+    ticket = tier._sending().ticket
+    tier._sending().ticket = lambda fd, *reads: asked.append(len(reads[0])) or ticket(fd, *reads)  # type: ignore[method-assign]
     assert np.array_equal(read(tier, file, np.arange(200)), content(file)[:200])
     coded = make(2624, 1000)
     assert np.array_equal(
@@ -348,16 +354,16 @@ def test_what_could_not_be_sent_is_waited_for_by_nobody(
 ) -> None:
     file, tier = make(4096, 600), HostTier(8 << 20)
     requests, calls = tier._sending(), 0
-    real = requests.submit
+    real = requests.send
 
-    def submit(*reads: Any) -> Any:
+    def send(ticket: Ticket) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:  # of three pieces
             raise trouble
-        return real(*reads)
+        real(ticket)
 
-    monkeypatch.setattr(requests, "submit", submit)
+    monkeypatch.setattr(requests, "send", send)
     with pytest.raises(type(trouble)):
         tier.lease(file, np.arange(600))
     lease = tier.lease(file, np.arange(600))
@@ -365,6 +371,184 @@ def test_what_could_not_be_sent_is_waited_for_by_nobody(
     assert np.array_equal(shown(tier, lease), content(file))
     tier.release(lease)
     assert not any(pool.table._pins.any() for pool in tier._pools.values())
+    tier.close()
+
+
+class Interrupt:
+    """KeyboardInterrupt where a signal may come: at the n-th beginning of a function or end of one of C's. Not where Python ignores it: in
+    finalizers, and in generators that are let go."""
+
+    def __init__(self, n: int) -> None:
+        self.left, self.came = n, False
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
+        if (
+            event in ("call", "c_return")
+            and frame.f_code.co_name not in ("__del__", "<genexpr>")
+            and argument is not sys.setprofile
+        ):
+            self.left -= 1
+            if self.left == 0:
+                self.came = True
+                raise KeyboardInterrupt
+
+    def during(self, act: Callable[[], object]) -> bool:
+        sys.setprofile(self)
+        try:
+            act()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        return self.came
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+@pytest.mark.parametrize("row", [4096, 2624])
+def test_an_interrupt_anywhere_leaves_no_wrong_row_and_nothing_pinned(
+    make: Make, monkeypatch: pytest.MonkeyPatch, kind: str, row: int
+) -> None:
+    """While rows are leased, some of them there and some for which there is no slot, waited for and released."""
+    try:
+        REQUESTS[kind]().close()
+    except Unsupported as why:
+        pytest.skip(str(why))
+    monkeypatch.setattr("kvdb.host.best_requests", REQUESTS[kind])
+    monkeypatch.setattr("kvdb.host._PIECE_ROWS", 5)
+    file, count = make(row, 40), 0
+    wanted, rows = content(file), np.arange(24)
+    while True:
+        count += 7  # of about 1700 places, and each takes 3 ms
+        tier = HostTier(20 * row + (8 << 10))
+        read(tier, file, [0, 1, 30])
+
+        def use(tier: HostTier = tier) -> None:
+            lease = tier.lease(file, rows)
+            try:
+                tier.wait(lease, PATIENCE_S)
+            finally:
+                tier.release(lease)
+
+        came = Interrupt(count).during(use)
+        for some in (rows[:10], np.arange(40)[::-1], rows):
+            lease = tier.lease(file, some)
+            assert np.array_equal(shown(tier, lease), wanted[some]), count
+            tier.release(lease)
+            poison(tier)
+        end = time.monotonic() + PATIENCE_S / 4
+        while (
+            tier._arrivals and time.monotonic() < end
+        ):  # what only the interrupted call would have used may still be coming
+            tier._reap()
+        assert tier._arrivals == {}, count
+        assert not any(pool.table._pins.any() for pool in tier._pools.values()), count
+        tier.close(PATIENCE_S)
+        if not came:
+            break
+    assert count > 100
+
+
+@pytest.mark.parametrize("act", ["release", "drop", "retire", "forgotten"])
+def test_the_garbage_collector_may_let_go_while_we_hold_the_lock(
+    make: Make, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    """A finalizer runs at any allocation: here of the bookkeeping of a lease, under the lock."""
+    file, tier = make(4096, 20), HostTier(1 << 20)
+    leases = [tier.lease(file, np.array([3, 4]))]
+    tier.wait(leases[0], PATIENCE_S)
+
+    class Cycle: ...
+
+    ends: dict[str, Callable[[], object]] = {
+        "release": lambda: tier.release(leases[0]),
+        "drop": lambda: tier.drop(file),
+        "retire": lambda: tier.retire(file),
+        "forgotten": leases.clear,
+    }
+    lookup = SlotTable.lookup
+
+    def collecting(*given: Any) -> Any:
+        monkeypatch.setattr(SlotTable, "lookup", lookup)
+        cycle = Cycle()
+        cycle.itself = cycle  # type: ignore[attr-defined]
+        weakref.finalize(cycle, ends[act])
+        del cycle
+        gc.collect()
+        return lookup(*given)
+
+    monkeypatch.setattr(SlotTable, "lookup", collecting)
+    said: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: said.append(np.array_equal(read(tier, file, [5, 3]), content(file)[[5, 3]])), daemon=True
+    )
+    thread.start()
+    thread.join(PATIENCE_S / 4)
+    assert said == [True], "it waits for itself"
+    if act in ("drop", "retire"):
+        tier.release(leases.pop())
+    tier.stats()
+    assert not any(pool.table._pins.any() for pool in tier._pools.values())
+    assert tier.absent_bytes(file) == (20 if act == "drop" else 17) * 4096
+    tier.close()
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.ENOMEM, "No memory"), KeyboardInterrupt()])
+def test_slots_of_reads_that_went_off_stay_pinned_whatever_became_of_the_call(
+    pipe: tuple[RowFile, int], make: Make, monkeypatch: pytest.MonkeyPatch, trouble: BaseException
+) -> None:
+    """Sending fails after the device has the read: what it writes later must not land in another row's slot."""
+    (stuck, into), well, tier = pipe, make(4096, 200), HostTier(64 * 4096)
+    requests = tier._sending()
+    real: Callable[[Ticket], None] = requests.send
+
+    def send(ticket: Ticket) -> None:
+        monkeypatch.setattr(requests, "send", real)
+        real(ticket)
+        raise trouble
+
+    monkeypatch.setattr(requests, "send", send)
+    with pytest.raises(type(trouble)):
+        tier.lease(stuck, np.array([2]))
+    for first in range(0, 200, 50):
+        rows = np.arange(first, first + 50)
+        lease = tier.lease(well, rows)
+        tier.wait(lease, PATIENCE_S)
+        if first == 150:
+            os.write(into, bytes([POISON]) * 4096)
+            assert (read(tier, stuck, [2]) == POISON).all()
+        assert np.array_equal(shown(tier, lease), content(well)[rows])
+        tier.release(lease)
+    tier.close()
+
+
+def test_what_nobody_will_wait_for_takes_no_memory_beside_the_budget(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private: list[Arrival] = []
+    pieces = HostTier._pieces
+
+    def watched(*given: Any) -> list[Arrival]:
+        begun = pieces(*given)
+        private.extend(arrival for arrival in begun if arrival.pool is None)
+        return begun
+
+    monkeypatch.setattr(HostTier, "_pieces", watched)
+    file, tier = make(4096, 100), HostTier(16 * 4096)
+    lease = tier.lease(file, np.arange(100), only_slots=True)
+    assert (private, lease.fetched) == ([], 16 * 4096)
+    tier.release(lease)
+    assert np.array_equal(read(tier, file, np.arange(100)), content(file))
+    assert private  # of what is waited for
+    tier.close()
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e10])
+def test_a_deadline_may_be_as_far_away_as_one_likes(make: Make, timeout_s: float) -> None:
+    file, tier = make(4096, 20), HostTier(1 << 20)
+    lease = tier.lease(file, np.arange(20))
+    tier.wait(lease, timeout_s)
+    assert np.array_equal(shown(tier, lease), content(file))
+    tier.release(lease)
     tier.close()
 
 

@@ -8,13 +8,15 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers import finish, python
 
 from kvdb.errors import Stalled, Unsupported
-from kvdb.requests import Uring, ring
+from kvdb.requests import Ticket, Uring, ring
+from kvdb.requests.base import NAP_S
 from kvdb.requests.ring import CQE, SQE, GetEvents, Offsets, Params, Ring, Timespec
 
 HEADER = Path("/usr/include/linux/io_uring.h")
@@ -86,7 +88,9 @@ def test_every_mark_comes_back_once_however_often_the_ring_has_gone_round(tmp_pa
         found: list[int] = []
         while len(found) < count:
             queue.sleep(count - len(found), 30.0)
-            taken, results = queue.take()
+            taken, results = queue.peek()
+            assert np.array_equal(queue.peek()[0][: len(taken)], taken)
+            queue.drop(len(taken))
             assert (results == 1).all(), turn
             found += taken.tolist()
         assert sorted(found) == sorted(marks.tolist())
@@ -111,6 +115,106 @@ def test_what_is_waited_for_goes_before_what_was_sent_ahead() -> None:
         assert requests.wait(ahead, 30.0).tolist() == [1] * 6
     for fd in (end, pen, zero):
         os.close(fd)
+
+
+def a_read(requests: Uring, fd: int, room: np.ndarray[Any, Any]) -> Ticket:
+    zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
+    return requests.submit(fd, zero, one, np.full(1, room.ctypes.data), room)
+
+
+def test_a_result_that_another_thread_takes_before_we_sleep_is_not_slept_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between seeing that a read is not over and going to sleep for it."""
+    a_ring(1)
+    (end, pen), room = os.pipe(), np.zeros(1, np.uint8)
+    with Uring() as requests:
+        ticket, queue = a_read(requests, end, room), requests._queue
+        assert queue is not None
+        sleep, slept = Ring.sleep, []
+
+        def before(asked: Ticket | None, *given: Any) -> None:
+            os.write(pen, b"x")
+            while not requests.done(ticket):
+                pass
+            type(queue)._sleep(queue, asked, *given)
+
+        def counting(ring: Ring, count: int, timeout_s: float | None) -> None:
+            slept.append(timeout_s)
+            sleep(ring, count, timeout_s)
+
+        monkeypatch.setattr(queue, "_sleep", before)
+        monkeypatch.setattr(Ring, "sleep", counting)
+        assert requests.wait(ticket, 30.0).tolist() == [1]
+        assert slept == []
+    os.close(end)
+    os.close(pen)
+
+
+def test_no_sleep_is_longer_than_a_nap(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_ring(1)
+    (end, pen), room, slept = os.pipe(), np.zeros(1, np.uint8), []
+    sleep = Ring.sleep
+
+    def counting(ring: Ring, count: int, timeout_s: float | None) -> None:
+        slept.append(timeout_s)
+        sleep(ring, count, timeout_s)
+
+    monkeypatch.setattr(Ring, "sleep", counting)
+    with Uring() as requests:
+        ticket = a_read(requests, end, room)
+        with pytest.raises(Stalled):
+            requests.wait(ticket, 0.2)
+        os.write(pen, b"x")
+        requests.wait(ticket, 30.0)
+    assert len(slept) >= 4
+    assert all(timeout_s is not None and timeout_s <= NAP_S for timeout_s in slept)
+    os.close(end)
+    os.close(pen)
+
+
+def test_results_that_an_interrupt_kept_from_being_noted_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_ring(1)
+    zero, room = os.open("/dev/zero", os.O_RDONLY), np.ones(1, np.uint8)
+    with Uring() as requests:
+        ticket, queue = a_read(requests, zero, room), requests._queue
+        assert queue is not None
+
+        def interrupted(*given: Any) -> None:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(queue, "_note", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            requests.wait(ticket, 30.0)
+        assert requests.wait(ticket, 5.0).tolist() == [1]
+    os.close(zero)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_put_that_was_interrupted_puts_each_read_once(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    a_ring(1)
+    zero, room, ones = os.open("/dev/zero", os.O_RDONLY), np.ones(9, np.uint8), np.ones(9, np.int64)
+    put, marked = Ring.put, []
+
+    def noting(ring: Ring, fd: int, *given: Any) -> None:
+        marked.extend(given[-1].tolist())
+        put(ring, fd, *given)
+
+    def interrupted(ring: Ring, *given: Any) -> None:
+        monkeypatch.setattr(Ring, "put", noting)
+        if when == "after":
+            noting(ring, *given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ring, "put", interrupted)
+    with Uring(depth=4) as requests:
+        ticket = requests.ticket(zero, ones, ones, room.ctypes.data + np.arange(9), room)
+        with pytest.raises(KeyboardInterrupt):
+            requests.send(ticket)
+        assert ticket.begun
+        assert requests.wait(ticket, 5.0).tolist() == [1] * 9
+        assert len(marked) == len(set(marked)) == 9
+        assert not room.any()
+    os.close(zero)
 
 
 REFUSING = """
