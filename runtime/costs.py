@@ -12,6 +12,8 @@ from typing import Final, NamedTuple
 _KEPT: Final = 0.5
 """What a measurement before the last one counts, of one that is as large."""
 
+LEAST_GAIN_S: Final = 0.5
+"""Less is not worth it: what is computed again differs from what is stored by rounding."""
 LOOK_AGAIN: Final = 8
 """Prefixes computed again in a row, after which one is loaded: a disk that was slow once is not slow for ever."""
 
@@ -64,11 +66,12 @@ class Costs:
         reading, computing = self.reading.seconds(bytes_read), self.computing.seconds(tokens)
         if reading is None or computing is None:
             return Choice(True, "what it takes to read and to compute is not known yet")
-        self._unread = 0 if reading <= computing else self._unread + 1
+        load = reading <= computing + LEAST_GAIN_S
+        self._unread = 0 if load else self._unread + 1
         if self._unread > LOOK_AGAIN:
             self._unread = 0
             return Choice(True, "to see what it takes to read now")
         return Choice(
-            reading <= computing,
+            load,
             f"{bytes_read >> 20:,} MiB take {reading:.2f} s to read, {tokens:,} tokens {computing:.2f} s to compute",
         )

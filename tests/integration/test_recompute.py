@@ -31,6 +31,7 @@ def test_a_prefix_on_a_slow_disk_is_computed_again(tmp_path: Path, monkeypatch: 
             real(self, *args)
 
         monkeypatch.setattr(Reader, "_check", slow)
+        monkeypatch.setattr("kvdb.runtime.costs.LEAST_GAIN_S", 0.0)
         monkeypatch.setattr(files, "resident_pages", lambda _, offset, count: torch.zeros(count, dtype=bool).numpy())
         reused = []
         for start in (2400, 2500):  # longer each time: what follows the prefix is prefilled

@@ -63,3 +63,11 @@ def test_reading_is_looked_at_again_after_a_while() -> None:
     costs.computing.note(10, 0.001)
     loads = [costs.choose(100, 1000).load for _ in range(2 * LOOK_AGAIN + 2)]
     assert loads == [False] * LOOK_AGAIN + [True] + [False] * LOOK_AGAIN + [True]
+
+
+def test_a_small_gain_is_left() -> None:
+    costs = Costs(None)
+    costs.reading.note(1000, 1)
+    costs.computing.note(1000, 0.001)
+    assert costs.choose(500, 500).load
+    assert not costs.choose(502, 502).load
