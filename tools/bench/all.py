@@ -12,6 +12,7 @@ from kvdb.tools.bench import (
     policies,
     prefill,
     recoded,
+    replay,
     reuse,
     scale,
     selection,
@@ -41,6 +42,7 @@ def run() -> None:
     scale.run()
     tiers.run()
     policies.run()
+    replay.run()
     side_by_side.run()
 
 
