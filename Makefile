@@ -32,8 +32,9 @@ $(MODELS): $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m kvdb.tools.demo
 
+# A process for each core, but memory for no more than four; a file's tests stay together, as they share stores and models.
 test: $(STAMP) $(MODELS) lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 bench: $(STAMP)
 	$(BIN)/python -m kvdb.tools.bench.all

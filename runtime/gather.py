@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvdb.runtime.heads import over_heads
 from kvdb.runtime.staging import Array, storage_view
 
 
@@ -83,10 +84,17 @@ class Gather:
         return lse
 
     def _run(self, part: Lent, lse: Array) -> None:
-        keys, values, *where = part
+        keys, values = part.keys, part.values
         if keys.itemsize == 2:
             keys, values = keys.view(np.uint16), values.view(np.uint16)
-        self._attend(keys, values, *where, self._q, self._tops, self._sums, self._out, lse)
+        heads, _, dim = self._q.shape
+
+        def attend(h: slice) -> None:
+            starts = part.starts[h.start : h.stop + 1]
+            ours = (each[h] for each in (self._q, self._tops, self._sums, self._out))
+            self._attend(keys, values, part.key_at, part.value_at, starts, part.tokens, *ours, lse)
+
+        over_heads(heads, 2 * len(part.key_at) * part.tokens * dim * keys.itemsize, attend)
 
     def finish(self, out: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
         """The attention over all that was added, and beside it over keys that are known by their output (kv_heads, group, head_dim) and

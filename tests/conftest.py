@@ -1,4 +1,4 @@
-"""Hypothesis profiles and the real models.
+"""Hypothesis profiles, the real models, and the harnesses' counts.
 
 HYPOTHESIS_PROFILE picks a profile: dev (the default), ci (derandomised; the default where CI is set) or
 nightly (long).
@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line: before torch is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many processes as there are cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -21,8 +23,8 @@ from hypothesis import HealthCheck, settings
 
 from kvdb.tools.models import LoadedModel, ModelNotInstalled, load_model
 
-settings.register_profile("dev", max_examples=50, deadline=None)
-settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("dev", max_examples=30, deadline=None)
+settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", max_examples=2_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
@@ -48,3 +50,19 @@ def _real_model(name: str) -> Iterator[LoadedModel]:
     torch.set_num_threads(2)
     yield loaded
     torch.set_num_threads(threads)
+
+
+_TALLIES: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Where several processes run tests, this one hears of the tallies of all."""
+    if report.when == "teardown":
+        _TALLIES.extend(str(said) for name, said in report.user_properties if name == "tally")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _TALLIES:
+        terminalreporter.section("faults: points tried and what came of them")
+        for said in sorted(_TALLIES):
+            terminalreporter.write_line(said)

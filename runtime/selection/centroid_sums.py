@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvdb.runtime.heads import over_heads
 from kvdb.runtime.selection.loops import can_compile
 
 
@@ -27,8 +28,11 @@ def of_unread(
         heads, group, _ = logits.shape
         most = torch.full((heads,), chunks.shape[1]) if counts is None else counts
         out, lse = logits.new_empty(heads, group, values.shape[2]), logits.new_empty(heads, group)
-        arrays = (t.contiguous().numpy() for t in (logits, owners, sizes, chunks, most, values, scales))
-        return (out, lse) if kernel()(*arrays, out.numpy(), lse.numpy()) else None
+        arrays = [t.contiguous().numpy() for t in (logits, owners, sizes, chunks, most, values, scales)]
+        arrays += out.numpy(), lse.numpy()
+        add_up, unread = kernel(), list[bool]()
+        over_heads(heads, owners.nbytes + values.nbytes, lambda h: unread.append(add_up(*(each[h] for each in arrays))))
+        return (out, lse) if any(unread) else None
     gone = owners.gather(1, chunks[..., None].expand(-1, -1, owners.shape[2]))  # [kv_heads, n, chunk_tokens]
     counted = gone >= 0
     if counts is not None:

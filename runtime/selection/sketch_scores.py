@@ -9,10 +9,12 @@ import math
 from types import ModuleType
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvdb.errors import InvalidInput
+from kvdb.runtime.heads import over_heads
 from kvdb.runtime.selection.base import SURE
 from kvdb.runtime.selection.loops import can_compile
 
@@ -47,8 +49,9 @@ def of_open_boxes(corners: Tensor, boxes: Tensor, scales: Tensor, runs: Tensor, 
     n = boxes.shape[1]
     if (kernel := _compiled(corners, corners.shape[2])) is not None:
         out = corners.new_empty(heads, group, n)
-        arrays = (t.numpy() for t in (corners, boxes, scales, runs))
-        kernel.rank(group)(*arrays, length, around.numpy(), SURE, out.numpy())
+        rank, arrays = kernel.rank(group), [t.numpy() for t in (corners, boxes, scales, runs)]
+        of_run, to = around.numpy(), out.numpy()
+        over_heads(heads, boxes.nbytes, lambda h: rank(*(a[h] for a in arrays), length, of_run[h], SURE, to[h]))
         return out
     unknown = scales.isinf()[:, None]
     own = torch.bmm(corners, boxes.float().transpose(1, 2)) * scales[:, None].masked_fill(unknown, 0)
@@ -75,9 +78,16 @@ def of_codes(q: Tensor, records: tuple[Tensor, Tensor, Tensor, Tensor], rows: Te
         raise InvalidInput(f"sketch: codes of {records[2].shape[2]} planes, expected {bits}, as many as are scored")
     if (kernel := _compiled(q, dim)) is not None:
         tops, sums = q.new_empty(2, heads, q.shape[1], n)
-        arrays = (t.numpy() for t in (q.contiguous(), *records, rows.contiguous()))
-        kernel.score(bits, q.shape[1])(*arrays, SURE, tops.numpy(), sums.numpy())
-        return tops.add_(sums.log_())
+        queries, *kept, lengths, asked = (t.numpy() for t in (q.contiguous(), *records, rows.contiguous()))
+        score, to = kernel.score(bits, q.shape[1]), (tops.numpy(), sums.numpy())
+
+        def run(h: slice) -> None:
+            top, total = (each[h] for each in to)
+            score(queries[h], *(each[h] for each in kept), lengths, asked[h], SURE, top, total)
+            top += np.log(total, out=total)
+
+        over_heads(heads, rows.numel() * records[2][0, 0].nbytes, run)
+        return tops
     boxes, scales, codes, tokens = records
     flat = (rows + boxes.shape[1] * torch.arange(heads, device=rows.device)[:, None]).ravel()
     box, scale, planes = (

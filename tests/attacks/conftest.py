@@ -1,5 +1,5 @@
 """The harness here keeps a tally like those in faults/, and is given the same kind of folder."""
 
-from faults.conftest import pytest_terminal_summary, scratch, tally
+from faults.conftest import scratch, tally
 
-__all__ = ["pytest_terminal_summary", "scratch", "tally"]
+__all__ = ["scratch", "tally"]

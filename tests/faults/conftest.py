@@ -1,4 +1,4 @@
-"""Every harness keeps a tally, printed at the end of the run: the raw counts that documents quote."""
+"""Every harness keeps a tally; what it says is printed at the end of the run (tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import pytest
 from faults.children import Nursery, nursery
 from faults.tally import Tally
 
-_TALLIES: list[Tally] = []
-
 
 @pytest.fixture
-def tally(request: pytest.FixtureRequest) -> Tally:
-    _TALLIES.append(Tally(request.node.nodeid.partition("tests/")[2] or request.node.nodeid))
-    return _TALLIES[-1]
+def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
+    kept = Tally(request.node.nodeid.partition("tests/")[2] or request.node.nodeid)
+    yield kept
+    request.node.user_properties.append(("tally", kept.report()))
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +32,3 @@ def scratch() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="kvdb-faults-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     yield folder
     shutil.rmtree(folder)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _TALLIES:
-        terminalreporter.section("faults: points tried and what came of them")
-        for tally in _TALLIES:
-            terminalreporter.write_line(tally.report())
