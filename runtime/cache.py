@@ -158,6 +158,7 @@ class KVDBCache(Cache):
             "kv_bytes_stored": sum(row.stored_bytes() for row in self.rows),
             "stage_seconds": dict(self.timeline.seconds),
             "prefetch": self.prefetch.stats(),
+            "transfers": None if self._staging.transfers is None else self._staging.transfers.stats(),
             "host_tier": None if self.db.host is None else self.db.host.stats(),
             "device_tier": None if self._device_tier is None else self._device_tier.stats(),
         }
@@ -233,6 +234,8 @@ class KVDBCache(Cache):
         self._choose(queries)
         if self.take is not None:
             self.prefetch.begin_step()
+        if (transfers := self._staging.transfers) is not None:
+            transfers.begin_step(comparable=queries == 1 and not self.prefilling and not self.prefetch.comparing)
         self._stepping = self.timeline.span("step").__enter__()
 
     def _choose(self, queries: int) -> None:
@@ -273,6 +276,8 @@ class KVDBCache(Cache):
         self._stepping.__exit__(None, None, None)
         if self.take is not None:
             self.prefetch.end_step(self._stepping.seconds, self._reader.bytes_fetched - self._fetched_before)
+        if self._staging.transfers is not None:
+            self._staging.transfers.end_step(self._stepping.seconds)
         for row, ids in zip(self.rows, self._coming, strict=True):
             row.tokens.extend(ids)
         read = self._reader.bytes_read - self._bytes_before

@@ -29,6 +29,10 @@ class Comparison:
             way = next(self._schedule)
         return way
 
+    @property
+    def comparing(self) -> bool:
+        return self._comparing
+
     def took(self, way: bool, seconds: float) -> None:
         if self._comparing:
             self._times[way].append(seconds)

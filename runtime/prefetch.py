@@ -57,6 +57,11 @@ class Prefetch:
         self._calm = 0 if fetched else self._calm + 1
         self._comparison.took(self.active, seconds)
 
+    @property
+    def comparing(self) -> bool:
+        """Whether this step is timed."""
+        return self._wanted is None and self._impossible is None and self._comparison.comparing
+
     def give_up(self, reason: str) -> None:
         """Nothing can be predicted here."""
         self._impossible, self.active = reason, False

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvdb.codecs import RecordCodec
 from kvdb.runtime.dequantise import Decoder, decoder_on
+from kvdb.runtime.transfers import Transfers
 from kvdb.runtime.uploads import Copies, CudaCopies, UploadRing
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -46,6 +47,7 @@ class Staging:
         self._coded = torch.empty(0, dtype=torch.uint8)
         self._views: dict[tuple[int, ...], tuple[Tensor, Array]] = {}
         self._ring = None if copies is None else UploadRing(copies)
+        self.transfers = None if decoder is None else Transfers()
 
     @classmethod
     def of(cls, dtype: torch.dtype, device: torch.device) -> Staging:
@@ -71,11 +73,13 @@ class Staging:
         return host
 
     def decodes(self, codecs: Iterable[RecordCodec]) -> bool:
-        """Whether rows of these codecs are for `read_coded`: the device decodes them all, and some are not records as they are."""
-        if self._decoder is None:
+        """Whether rows of these codecs are for `read_coded`: the device decodes them all, some are not records as they are, and they take
+        less time that way."""
+        if self._decoder is None or self.transfers is None:
             return False
         found = list(codecs)
-        return all(map(self._decoder.decodes, found)) and not all(codec.stored_as_is for codec in found)
+        can = all(map(self._decoder.decodes, found)) and not all(codec.stored_as_is for codec in found)
+        return can and self.transfers.coded()
 
     def read_coded(self, shape: tuple[int, int, int, int], parts: list[Coded]) -> Tensor:
         """Take rows to the device as they are stored, and decode them there: a new tensor (2, n, chunk_tokens, head_dim), keys first.

@@ -6,6 +6,7 @@ upload is what runs on a GPU.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,41 @@ def test_a_codec_that_is_not_known_there_is_decoded_on_the_cpu(tmp_path: Path) -
     there = conversation(tmp_path / "there", decoder, model, "int4;0=int8", exact=True)
     assert torch.equal(plain[0], there[0])
     assert set(decoder.rows) == {"raw", "int8"}
+
+
+class Slow(Codecs):
+    """A device that takes its time."""
+
+    def decode(self, codec: RecordCodec, rows: Tensor, columns: Tensor, out: Tensor) -> None:
+        time.sleep(0.01)
+        super().decode(codec, rows, columns, out)
+
+
+@pytest.mark.parametrize(("decoder", "kept"), [(Codecs(), None), (Slow(), False)], ids=["as it is", "slow"])
+def test_steps_are_compared_and_the_faster_way_is_kept(tmp_path: Path, decoder: Codecs, kept: bool | None) -> None:
+    """And every answer is the same, whichever way its records came."""
+    model, ids = tiny("llama"), prompt(TOKENS)
+    found = []
+    for way in (None, decoder):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            opened(tmp_path / str(way)) as db,
+            attach(model, db, codec="int4", exact=True) as kv,
+        ):
+            patch.setattr(kvdb.runtime.staging, "decoder_on", lambda device, way=way: way)
+            cache = kv.cache(ids)
+            told = [answer(model, ids, cache).logits[:, -1]]
+            for token in range(40):
+                with torch.no_grad():
+                    told.append(model(input_ids=torch.full((1, 1), token), past_key_values=cache).logits[:, -1])
+            stats = cache.stats()["transfers"]
+        found.append(torch.stack(told))
+        if way is None:
+            assert stats is None
+        else:
+            assert "a step takes" in stats["why"]
+            assert kept is None or stats["coded"] is kept
+    assert torch.equal(*found)
 
 
 def test_damage_is_found_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
