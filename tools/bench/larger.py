@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from kvdb import EXACT, KVDB, Geometry, Identity, LayerGroup
+from kvdb.codecs import RAW, CodecPlan
 from kvdb.geometry import CHUNK_TOKENS, SEGMENT_TOKENS
+from kvdb.identity import joined_fidelity
 from kvdb.runtime.history import FLUSH_TOKENS
 from kvdb.tools.bench.recording import Texts, Track
 
@@ -102,7 +104,13 @@ def layer_steps(shape: Shape, track: Track, step: int) -> list[LayerStep]:
     return found
 
 
-def write_store(db: KVDB, shape: Shape, texts: Texts, tokens: int, abstracts: tuple[str, ...]) -> None:
+def fidelity_of(codec: CodecPlan) -> str:
+    return EXACT if codec.lossless else joined_fidelity(EXACT, str(codec))
+
+
+def write_store(
+    db: KVDB, shape: Shape, texts: Texts, tokens: int, abstracts: tuple[str, ...], codec: CodecPlan = RAW
+) -> None:
     """Store a context of whole chunks under `NAME`, as a prefill would: block by block, in segments of 16 384 tokens.
 
     cost  memory of one block of one layer; on one core a minute for every GB
@@ -111,8 +119,8 @@ def write_store(db: KVDB, shape: Shape, texts: Texts, tokens: int, abstracts: tu
     for start in range(0, tokens, SEGMENT_TOKENS):
         stop = min(start + SEGMENT_TOKENS, tokens)
         writer = db.writer(
-            identity=IDENTITY, fidelity=EXACT, geometry=geometry, parent=parent, start=start,
-            capacity=geometry.chunks(stop - start), abstracts=abstracts,
+            identity=IDENTITY, fidelity=fidelity_of(codec), geometry=geometry, parent=parent, start=start,
+            capacity=geometry.chunks(stop - start), codec=codec, abstracts=abstracts,
         )  # fmt: skip
         for layer in geometry.layers:
             for at in range(start, stop, FLUSH_TOKENS):

@@ -12,11 +12,12 @@ decoded from under a memory limit, in ways that take turns, each in a process of
     mapped    through the page cache, never reading ahead
     memory    with no limit, through the page cache, every record that these steps select in memory before the first one
     apart     under the limit, many reads at a time, each step's from the disk: nothing is kept
+    single    the same, and records that lie one after the other are asked for one by one
     all       all KV under the limit, in large sequential reads one part ahead of dense attention (`kvdb.tools.bench.sequential`)
 
 The limit counts what a process allocates and reads once its abstracts are loaded (`kvdb.tools.bench.capped`); at first it is full of something
 else. Without --compute a step is attention alone, with nothing that reading could hide behind; with it, each layer also has its matrix
-products (`kvdb.tools.bench.products`).
+products (`kvdb.tools.bench.products`). With --codec the store's KV is coded; what `all` reads is not.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -39,8 +41,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvdb import KVDB, format
-from kvdb.codecs import RAW
+from kvdb import KVDB, arrivals, extents, format
+from kvdb.codecs import RAW, CodecPlan
 from kvdb.errors import InvalidInput, Unsupported
 from kvdb.runtime import KVDBCache
 from kvdb.runtime.cache import Prefix
@@ -50,19 +52,20 @@ from kvdb.runtime.selection import Budget, CentroidSelector
 from kvdb.runtime.timeline import STAGES
 from kvdb.sizes import parse_bytes
 from kvdb.tools.bench.capped import force_out, memory_cap
-from kvdb.tools.bench.larger import IDENTITY, NAME, LayerStep, Shape, layer_steps, write_store
+from kvdb.tools.bench.larger import IDENTITY, NAME, Array, LayerStep, Shape, fidelity_of, layer_steps, write_store
 from kvdb.tools.bench.products import Products
 from kvdb.tools.bench.recording import Texts, Track, record, texts_in
 from kvdb.tools.bench.sequential import Sequential, fastest
 from kvdb.tools.bench.setup import median, write_result
 from kvdb.tools.bench.synthetic import file_system, scratch
 
-DIRECT: Final = ("capped", "ahead", "behind", "apart")
+NOTHING_KEPT: Final = ("apart", "single")
+DIRECT: Final = ("capped", "ahead", "behind", *NOTHING_KEPT)
 WAYS: Final = (*DIRECT, "mapped", "memory", "all")
 AHEAD: Final = {"capped": None, "ahead": True}
 HOST_SHARE: Final = 0.85
 """Of the limit, for the host tier."""
-FEWER: Final = {"apart": 2, "all": 8}
+FEWER: Final = {"apart": 2, "single": 2, "all": 8}
 """Of the slow ways, one step in so many."""
 TEXTS: Final = 4
 TEXT_TOKENS: Final = 8032
@@ -86,6 +89,7 @@ class Setting:
     steps: int
     threads: int
     compute: bool
+    codec: CodecPlan
 
     @property
     def open(self) -> dict[str, Any]:
@@ -121,6 +125,7 @@ def run(
     layers: Annotated[int, typer.Option(help="of the shape")] = 32,
     compute: Annotated[bool, typer.Option("--compute", help="the matrix products of each layer, too")] = False,
     threads: Annotated[int, typer.Option(help="torch threads")] = 1,
+    codec: Annotated[str, typer.Option(help="of the store's KV, as 'kvdb compact --codec' takes it")] = "raw",
     ways: Annotated[list[str] | None, typer.Option("--way", help=f"of {', '.join(WAYS)}; all if not given")] = None,
     recording: Annotated[
         Path | None, typer.Option(help="of keys, values and queries; made there if it does not exist")
@@ -133,7 +138,9 @@ def run(
     """Milliseconds a step, median and 99th percentile, ratios within a turn, bytes from the disk and where the time went."""
     if unknown := {*(ways or ())} - {*WAYS}:
         raise InvalidInput(f"replay: way {', '.join(sorted(unknown))}, expected some of {', '.join(WAYS)}")
-    chosen = [way for way in WAYS if way in {*(ways or WAYS), "memory"}]
+    plan = CodecPlan.parse(codec)
+    possible = WAYS if plan == RAW else tuple(way for way in WAYS if way != "all")
+    chosen = [way for way in possible if way in {*(ways or WAYS), "memory"}]
     shape, found = Shape(layers=layers), dict[str, list[Measured]]()
     with scratch(folder) as place:
         path, tracks = store or place / "s.kvdb", recording or place / "r.npz"
@@ -144,11 +151,11 @@ def run(
             if not tracks.exists():
                 pool.submit(_record, tracks, warm + steps).result()
             texts, text_tokens = texts_in(tracks)
-            pool.submit(_write, path, tracks, shape, tokens).result()
+            pool.submit(_write, path, tracks, shape, tokens, plan).result()
             settings = [
                 Setting(
                     way=way, store=path, recording=tracks, shape=shape, budget=budget, limit=parse_bytes("replay: limit", limit),
-                    warm=warm, steps=min(steps, max(4, steps // FEWER.get(way, 1))), threads=threads, compute=compute,
+                    warm=warm, steps=min(steps, max(4, steps // FEWER.get(way, 1))), threads=threads, compute=compute, codec=plan,
                 )
                 for way in chosen
             ]  # fmt: skip
@@ -170,10 +177,11 @@ def run(
         Console().print(table)
     told = {
         "tokens": tokens, "layers": layers, "budget": budget, "kv_bytes": kv_bytes, "abstract_bytes": kept, "limit": limit,
-        "steps": steps, "warm": warm, "turns": turns, "compute": compute,
+        "steps": steps, "warm": warm, "turns": turns, "compute": compute, "threads": threads, "codec": codec,
         "texts": texts, "text_tokens": text_tokens, "text_repeated": tokens / (texts * text_tokens),
     }  # fmt: skip
-    write_result(f"replay-{tokens}{'-compute' if compute else ''}", {**told, "rows": rows})
+    what = [f"replay-{tokens}", *([] if plan == RAW else [codec]), *(["compute"] if compute else [])]
+    write_result("-".join(what), {**told, "rows": rows})
 
 
 def _row(way: str, turns: list[Measured], base: list[Measured]) -> dict[str, Any]:
@@ -208,18 +216,20 @@ def _record(path: Path, steps: int) -> None:
     record(TEXTS, TEXT_TOKENS, steps).save(path)
 
 
-def _write(path: Path, recording: Path, shape: Shape, tokens: int) -> None:
+def _write(path: Path, recording: Path, shape: Shape, tokens: int, codec: CodecPlan) -> None:
     """raises  InvalidInput for a store that is there and holds something else"""
     if path.exists():
         with KVDB.open(path, "r") as db:
             found = db.sequence(NAME)
-            if (there := db.segments(found.spans)[0].info.geometry) != shape.geometry or found.tokens != tokens:
+            there = db.segments(found.spans)[0].info.geometry
+            if there != shape.geometry or found.tokens != tokens or found.fidelity != fidelity_of(codec):
                 raise InvalidInput(
-                    f"store {path}: {found.tokens} tokens of {len(there.layers)} layers, expected {tokens} of {shape.layers}; name another one"
+                    f"store {path}: {found.tokens} tokens of {len(there.layers)} layers, {found.fidelity}, expected {tokens} of {shape.layers}, "
+                    f"{fidelity_of(codec)}; name another one"
                 )
         return
     with KVDB.open(path) as db:
-        write_store(db, shape, Texts.load(recording), tokens, tuple(CentroidSelector().abstracts))
+        write_store(db, shape, Texts.load(recording), tokens, tuple(CentroidSelector().abstracts), codec)
 
 
 def _measure(setting: Setting) -> Measured:
@@ -230,8 +240,15 @@ def _measure(setting: Setting) -> Measured:
             f"recording {setting.recording}: {there} steps, expected {wanted}; record it again, or measure fewer"
         )
     rest = Products() if setting.compute else None
-    with KVDB.open(setting.store, "r", **setting.open) as db:
+    single = patch.object(arrivals, "exactly", _one_by_one) if setting.way == "single" else contextlib.nullcontext()
+    with single, KVDB.open(setting.store, "r", **setting.open) as db:
         return (_all if setting.way == "all" else _selected)(db, setting, track, rest)
+
+
+def _one_by_one(rows: Array, slots: Array, row_bytes: int) -> extents.Extents:
+    """As `kvdb.extents.exactly`, and neighbours are not asked for together."""
+    every = np.arange(len(rows))
+    return extents.Extents(rows * row_bytes, np.full(len(rows), row_bytes), every, every, np.zeros_like(every))
 
 
 # -- selected records
@@ -259,7 +276,7 @@ def _selected(db: KVDB, setting: Setting, track: Track, rest: Products | None) -
             step(number)()
         read, stages = cache.metrics.decode_bytes_read, dict(cache.timeline.seconds)
         for number in whole[setting.warm :]:
-            if setting.way == "apart":
+            if setting.way in NOTHING_KEPT:
                 _drop(cache, shards)
             _time(measured, step(number))
         measured.read_bytes = (cache.metrics.decode_bytes_read - read) / setting.steps
@@ -276,7 +293,7 @@ def _restored(db: KVDB, setting: Setting) -> KVDBCache:
     spans = db.sequence(NAME).spans
     cache = KVDBCache(
         db, IDENTITY, lambda: IDENTITY, setting.shape.geometry, {}, batch=1, dtype=torch.bfloat16, device=torch.device("cpu"),
-        rule=Budget.of(setting.budget), selector=CentroidSelector(), codec=RAW, model_label=NAME, prefetch=AHEAD.get(setting.way, False),
+        rule=Budget.of(setting.budget), selector=CentroidSelector(), codec=setting.codec, model_label=NAME, prefetch=AHEAD.get(setting.way, False),
     )  # fmt: skip
     cache.restore([Prefix(db.tokens(spans).tolist(), spans, db.segments(spans))])
     return cache
