@@ -1,4 +1,4 @@
-"""Which way to read suits a store where it lies, decided when it is opened.
+"""Which way to read suits a store where it lies.
 
 Through the page cache, as long as the store's KV fits into the memory that can be had: nothing else shares as much, with as little of our own. What does
 not fit is read past it where that is faster: under pressure Linux drops what it was asked to read ahead, and then reads come one by
@@ -45,10 +45,11 @@ _BYTES: Final = 16 << 10
 
 
 class Way(NamedTuple):
-    """A name of `kvdb.readers.READERS`, and why, in words."""
+    """A name of `kvdb.readers.READERS`, and why, in words; whether that is so because all KV fits into memory."""
 
     name: str
     why: str
+    fits: bool = False
 
 
 def way_to_read(chunks: Path, stored_bytes: int, mounts: Path = Path("/proc/self/mounts")) -> Way:
@@ -59,7 +60,7 @@ def way_to_read(chunks: Path, stored_bytes: int, mounts: Path = Path("/proc/self
         return Way("pread", f"{kind} is a network file system")
     available = available_bytes()
     if stored_bytes <= available:
-        return Way("mmap", f"{stored_bytes >> 20} MiB of KV fit into {available >> 20} MiB of memory")
+        return Way("mmap", f"{stored_bytes >> 20} MiB of KV fit into {available >> 20} MiB of memory", fits=True)
     large = f"{stored_bytes >> 20} MiB of KV do not fit into {available >> 20} MiB of memory"
     try:
         shard = _largest(chunks)

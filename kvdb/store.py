@@ -17,12 +17,9 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 
 from kvdb import compact, files, folder, forks, manifests, portable, recode, repair, summarise
-from kvdb.available import available_bytes
-from kvdb.calibration import Way, way_to_read
 from kvdb.catalog import Catalog
 from kvdb.check import check_store
 from kvdb.codecs import RAW, CodecPlan
-from kvdb.direct import DirectReader
 from kvdb.entries import Found, Limits, SegmentEntry, Sequence, Span, check_name
 from kvdb.errors import (
     Damaged,
@@ -43,8 +40,8 @@ from kvdb.host import HostTier
 from kvdb.identity import EXACT, Identity
 from kvdb.options import AUTO, Mode, Options
 from kvdb.prefix import Tokens
-from kvdb.reader import Reader, Verified
-from kvdb.readers import READERS
+from kvdb.reader import Reader
+from kvdb.reading import Reading
 from kvdb.retention import RETENTION
 from kvdb.segments import Segment, SegmentWriter, new_segment_id, reserved_bytes
 from kvdb.sizes import parse_bytes
@@ -52,8 +49,6 @@ from kvdb.space import Keep, Space
 from kvdb.transaction import Transaction
 
 UNLIMITED: Final = "unlimited"
-HOST_SHARE: Final = 4
-"""The host tier takes one in so many bytes of what memory is available, where nobody says how many."""
 _NAME_BYTES: Final = 16 << 10
 """Room a name takes: its manifest, and its entry."""
 
@@ -87,7 +82,6 @@ class KVDB:
         self._workspace: Path | None = None
         self._workspace_lock: int | None = None
         self._making_workspace = threading.Lock()
-        self._verified = Verified()
         self._used: dict[str, int] = {}  # segment -> hits since the last write transaction
         self._held: int | None = folder.hold(path, exclusive=False, timeout_s=options.lock_timeout_s)
         opened = contextlib.ExitStack()
@@ -111,23 +105,16 @@ class KVDB:
                 settle=self._note_use,
             )
             opened.callback(self.catalog.close)
-            self.read_mode, self.why_read_mode = self._way_to_read()
-            self.host: HostTier | None = None
-            if self.read_mode == DirectReader.name:
-                budget = options.host_budget
-                self.host = HostTier(available_bytes() // HOST_SHARE if budget is None else budget, options.host_policy)
+            self._reading = Reading(path / "chunks", options, self._stored_bytes)
             if not self.readonly:
                 self._tidy()
             opened.pop_all()
         forks.watch(self)
 
-    def _way_to_read(self) -> Way:
-        if self.options.read_mode != AUTO:
-            return Way(self.options.read_mode, "asked for")
-        stored = 0
+    def _stored_bytes(self) -> int:
         with contextlib.suppress(Damaged), self.catalog.begin() as txn:  # what only figures need stops no reader
-            stored = txn.counters().segment_bytes
-        return way_to_read(self.path / "chunks", stored)
+            return txn.counters().segment_bytes
+        return 0
 
     def after_fork(self) -> None:
         """In a child: the workspace, and what is not written down yet, are the parent's."""
@@ -163,8 +150,8 @@ class KVDB:
                     "w" create, replacing an existing store; "w-" create, fail if it exists
         salt        tenant salt: KV is only shared between handles with the same salt
         read_mode   "mmap", "pread" (network file systems, macOS), "direct": past the page cache, many reads at a time, into memory of our
-                    own; or "auto" (default): by map where the store's KV fits into memory, else whichever of "mmap" and "direct" is
-                    faster here
+                    own; or "auto" (default): by map as long as the store's KV fits into memory, else whichever of "mmap" and "direct"
+                    is faster here
         verify      compare records with their digests "always", "first" time each is read (default), or "never"
         durability  "commit": on disk when a commit returns; "relaxed": a power failure may lose the last commits, and
                     never more; `sync` and `close` make them durable
@@ -270,8 +257,7 @@ class KVDB:
         if self._workspace_lock is not None:
             files.close(self._workspace_lock)
             self._workspace_lock = None
-        if self.host is not None:
-            self.host.close()
+        self._reading.close()
         self.catalog.close()
         if self._held is not None:
             files.close(self._held)
@@ -305,10 +291,22 @@ class KVDB:
 
     def reader(self) -> Reader:
         """A reader of its own for one thread of generation; close it after use."""
-        if self.host is not None:
-            deadline_s = self.options.read_deadline_s
-            return DirectReader(self.options.verify, self._verified, tier=self.host, deadline_s=deadline_s)
-        return READERS[self.read_mode](self.options.verify, self._verified)
+        return self._reading.reader()
+
+    @property
+    def host(self) -> HostTier | None:
+        """Memory of our own for records that are read past the page cache; None: they are not."""
+        return self._reading.host
+
+    @property
+    def read_mode(self) -> str:
+        """How readers read that are made now: a name of `kvdb.readers.READERS`."""
+        return self._reading.way.name
+
+    @property
+    def why_read_mode(self) -> str:
+        """Why, in words."""
+        return self._reading.way.why
 
     # -- reading
 

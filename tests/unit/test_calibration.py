@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ def times(monkeypatch: pytest.MonkeyPatch, direct: float, mapped: float) -> None
 
 def test_what_fits_into_memory_is_mapped(chunks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "available_bytes", lambda: 5 << 20)
-    assert way_to_read(chunks, 5 << 20) == ("mmap", "5 MiB of KV fit into 5 MiB of memory")
+    assert way_to_read(chunks, 5 << 20) == ("mmap", "5 MiB of KV fit into 5 MiB of memory", True)
 
 
 @pytest.mark.parametrize(("direct", "mapped"), [(0.001, 0.002), (0.002, 0.001)])
@@ -44,7 +47,7 @@ def test_of_what_does_not_fit_the_faster_way_is_taken(
 ) -> None:
     no_memory(monkeypatch)
     times(monkeypatch, direct, mapped)
-    name, why = way_to_read(chunks, 4 << 20)
+    name, why, _ = way_to_read(chunks, 4 << 20)
     assert name == ("direct" if direct < mapped else "mmap")
     assert why.startswith("4 MiB of KV do not fit into 1 MiB of memory; 48 reads take ")
     assert f"{1e3 * direct:.1f} ms past" in why
@@ -67,13 +70,13 @@ def test_where_nothing_can_be_tried_it_is_mapped(tmp_path: Path, chunks: Path, m
         raise Unsupported("no O_DIRECT")
 
     monkeypatch.setattr(files, "make_direct", refuse)
-    assert way_to_read(chunks, 4 << 20) == ("mmap", "4 MiB of KV do not fit into 1 MiB of memory; no O_DIRECT")
+    assert way_to_read(chunks, 4 << 20) == ("mmap", "4 MiB of KV do not fit into 1 MiB of memory; no O_DIRECT", False)
 
 
 def test_network_file_systems_are_not_mapped(chunks: Path, tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/a / ext4 rw 0 0\nhost:/x {chunks} nfs4 rw 0 0\n")
-    assert way_to_read(chunks, 1, mounts) == ("pread", "nfs4 is a network file system")
+    assert way_to_read(chunks, 1, mounts) == ("pread", "nfs4 is a network file system", False)
     assert way_to_read(tmp_path, 1, mounts).name == "mmap"
     assert way_to_read(chunks, 1, tmp_path / "none").name == "mmap"
 
@@ -96,7 +99,7 @@ def test_reads_that_fail_are_not_taken_for_fast_ones(chunks: Path, monkeypatch: 
             return np.full_like(real(self, *args, **options), -22)
 
         monkeypatch.setattr(kind, "wait", wait)
-    name, why = way_to_read(chunks, 4 << 20)
+    name, why, _ = way_to_read(chunks, 4 << 20)
     assert name == "mmap"
     assert "reads past the page cache give [-22], expected 16384" in why
 
@@ -122,7 +125,7 @@ def test_a_store_that_does_not_fit_is_opened_accordingly(tmp_path: Path, monkeyp
         assert "fit into" in db.info()["why_read_mode"]
     if not takes_direct(tmp_path):
         pytest.skip("no O_DIRECT here")
-    monkeypatch.setattr("kvdb.store.way_to_read", lambda chunks, stored: calibration.Way("direct", "because"))
+    monkeypatch.setattr("kvdb.reading.way_to_read", lambda chunks, stored: calibration.Way("direct", "because"))
     with KVDB.open(tmp_path / "s", host_budget="1MiB") as db:
         assert (db.info()["read_mode"], db.info()["why_read_mode"]) == ("direct", "because")
         assert db.host is not None
@@ -130,6 +133,58 @@ def test_a_store_that_does_not_fit_is_opened_accordingly(tmp_path: Path, monkeyp
         assert_reads_back(db, tokens, db.sequence("n").spans)
         assert db.host.stats()["misses"]
         assert_healthy(db)
+
+
+def test_a_store_that_fits_no_more_is_read_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decided for readers that are made from then on, once: an open one goes on as it began."""
+    if not takes_direct(tmp_path):
+        pytest.skip("no O_DIRECT here")
+    available, asked = [1 << 30], list[int]()
+
+    def way(chunks: Path, stored: int) -> calibration.Way:
+        asked.append(stored)
+        fits = stored <= available[0]
+        return calibration.Way("mmap" if fits else "direct", f"{stored} of {available[0]}", fits)
+
+    monkeypatch.setattr("kvdb.reading.way_to_read", way)
+    monkeypatch.setattr("kvdb.reading.available_bytes", lambda: available[0])
+    tokens = token_list(200)
+    with KVDB.open(tmp_path / "s", host_budget="1MiB") as db:
+        assert asked == [0]
+        extend(db, tokens, geometry=TWO_GROUPS, name="n")
+        with contextlib.closing(db.reader()) as before:
+            assert (before.name, db.read_mode, len(asked)) == ("mmap", "mmap", 1)
+            available[0] = db.info()["disk_bytes"] - 1
+            with contextlib.closing(db.reader()) as after:
+                assert (after.name, db.read_mode) == ("direct", "direct")
+            assert asked == [0, available[0] + 1]
+            available[0] = 1 << 30
+            with contextlib.closing(db.reader()) as later:
+                assert later.name == "direct"
+            assert len(asked) == 2
+            segment = db.segments(db.sequence("n").spans)[0]
+            records, out = np.arange(2), np.empty((2, 2, 16, 80), np.float16)
+            before.open(segment)
+            before.read(segment, 0, records, out)
+        assert_reads_back(db, tokens, db.sequence("n").spans)
+        assert_healthy(db)
+
+
+def test_of_many_threads_that_ask_at_once_one_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def way(chunks: Path, stored: int) -> calibration.Way:
+        asked.append(stored)
+        time.sleep(0.05 * (len(asked) > 1))
+        return calibration.Way("mmap", "because", len(asked) == 1)
+
+    monkeypatch.setattr("kvdb.reading.way_to_read", way)
+    with KVDB.open(tmp_path / "s") as db, ThreadPoolExecutor(8) as threads:
+        extend(db, token_list(64), geometry=TWO_GROUPS, name="n")
+        monkeypatch.setattr("kvdb.reading.available_bytes", lambda: 0)
+        for reader in threads.map(lambda _: db.reader(), range(8)):
+            reader.close()
+    assert len(asked) == 2
 
 
 def test_options_are_checked() -> None:
