@@ -123,15 +123,25 @@ def test_a_later_plan_does_not_change_an_earlier_one() -> None:
     assert torch.equal(first.chunks, kept)
 
 
-@given(st.integers(1, 4), st.integers(1, 200) | st.integers(4000, 5000), st.data())
+@given(st.integers(1, 4), st.integers(1, 200) | st.integers(1000, 5000), st.data())
 def test_the_largest_of_each_row_are_found(rows: int, n: int, data: st.DataObject) -> None:
     k, seed = data.draw(st.integers(0, n)), data.draw(seeds)
-    values = scores_of((rows, 1, n), seed)[:, 0].round(decimals=1)  # with many that are equal
+    values = scores_of((rows, 1, n + 1), seed)[:, 0, 1:].round(decimals=1)  # with many that are equal, and rows apart
+    values *= 10.0 ** data.draw(st.integers(-40, 38))  # to where numbers are subnormal, or infinite
     found = largest(values, k)
     assert found.shape == (rows, k)
     for row, indices in zip(values.numpy(), found.numpy(), strict=True):
         assert (np.diff(indices) > 0).all()
         assert np.array_equal(np.sort(row[indices]), np.sort(row)[n - k :])
+
+
+@pytest.mark.parametrize("n", [100, 5000])
+def test_what_is_no_number_is_larger_than_any(n: int) -> None:
+    values = torch.linspace(-1, 1, n)[None].clone()
+    values[0, [3, 7]] = math.nan
+    values[0, 5] = math.inf
+    assert set(largest(values, 4)[0].tolist()) == {3, 5, 7, n - 1}
+    assert largest(-values.nan_to_num(), n)[0].tolist() == list(range(n))
 
 
 def record_lse(logits: torch.Tensor) -> torch.Tensor:
