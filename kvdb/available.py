@@ -21,23 +21,48 @@ def available_bytes(meminfo: Path = _MEMINFO, membership: Path = _MEMBERSHIP, gr
     if told:
         found.append(int(told[1]) << 10)
     if not found:
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        found.append(total_bytes() // 2)
     return max(0, min(found))
 
 
+def group_limit_bytes(membership: Path = _MEMBERSHIP, groups: Path = _GROUPS) -> int | None:
+    """The least memory that a group of version 2 that this process is in, or one around it, may take; None: no limit."""
+    limits = (_text(place / "memory.max").strip() for place in _around(membership, groups))
+    return min((int(limit) for limit in limits if limit.isdigit()), default=None)
+
+
+def first_version_limit_bytes(membership: Path = _MEMBERSHIP, groups: Path = _GROUPS) -> int | None:
+    """The same of a group of version 1, which `available_bytes` does not heed; None also for more than the machine has."""
+    told = re.search(r"^\d+:memory:/(.*)$", _text(membership), re.MULTILINE)
+    places = (
+        (groups / "memory" / told[1], groups / "memory") if told else ()
+    )  # a container sees its own group as the root
+    limits = [int(text) for place in places if (text := _text(place / "memory.limit_in_bytes").strip()).isdigit()]
+    return min((limit for limit in limits if limit < total_bytes()), default=None)
+
+
+def total_bytes() -> int:
+    """Memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _in_groups(membership: Path, groups: Path) -> list[int]:
-    told = re.search(r"^0::(/.*)$", _text(membership), re.MULTILINE)
     found = []
-    if told:
-        group = groups / told[1].lstrip("/")
-        for place in (group, *group.parents):
-            if not place.is_relative_to(groups):
-                break
-            limit, used = _text(place / "memory.max").strip(), _text(place / "memory.current").strip()
-            cached = re.search(r"^inactive_file (\d+)$", _text(place / "memory.stat"), re.MULTILINE)
-            if limit.isdigit() and used.isdigit():  # "max" is no limit
-                found.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
+    for place in _around(membership, groups):
+        limit, used = _text(place / "memory.max").strip(), _text(place / "memory.current").strip()
+        cached = re.search(r"^inactive_file (\d+)$", _text(place / "memory.stat"), re.MULTILINE)
+        if limit.isdigit() and used.isdigit():  # "max" is no limit
+            found.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
     return found
+
+
+def _around(membership: Path, groups: Path) -> list[Path]:
+    """The group of version 2 that this process is in, and those around it."""
+    told = re.search(r"^0::(/.*)$", _text(membership), re.MULTILINE)
+    if told is None:
+        return []
+    group = groups / told[1].lstrip("/")
+    return [place for place in (group, *group.parents) if place.is_relative_to(groups)]
 
 
 def _in_address_space() -> list[int]:

@@ -68,12 +68,22 @@ class BlockFile:
         self._fd, self._where, self._codec, self.form, self._places = fd, where, codec, form, places
         self.layers, self.per_layer = places.shape[:2]
 
+    def layer_bytes(self, layer_row: int) -> int:
+        """What the blocks of one layer take in the file."""
+        sizes = self._places[layer_row, :, 1]
+        return int(sizes[sizes != format.ABSENT].sum())
+
+    def place(self, layer_row: int, block: int) -> tuple[int, int]:
+        """Offset and bytes of one block in the file."""
+        offset, size = self._places[layer_row, block].tolist()
+        return offset, size
+
     def rows(self, layer_row: int, block: int) -> Array:
         """The rows of one block, (records, row_bytes) uint8; zeros after the last.
 
         raises  Damaged for a block that is not there or does not decode; OutOfMemory
         """
-        offset, size = (int(n) for n in self._places[layer_row, block])
+        offset, size = self.place(layer_row, block)
         where = f"{self._where}, layer row {layer_row}, block {block}, offset {offset}"
         if size == format.ABSENT:
             raise Damaged(f"{where}: no block, expected one; run 'kvdb repair', then recompute it")
@@ -111,6 +121,10 @@ class UnpackedArray:
         layer_rows, records = np.divmod(rows, self._records)
         found: list[int] = np.unique(layer_rows * self._file.per_layer + records // self._file.form.records).tolist()
         return found
+
+    def place_of(self, row: int) -> tuple[int, int]:
+        """Offset and bytes, in the file, of the block in which a row lies."""
+        return self._file.place(*divmod(self.blocks_of(np.array([row]))[0], self._file.per_layer))
 
     def bring(self, block: int) -> int:
         """Unpack a block into its place; returns its bytes there."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap as _mmap
-import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -22,23 +20,9 @@ import numpy as np
 from kvdb import files
 from kvdb.available import available_bytes
 from kvdb.errors import Unsupported
+from kvdb.mounts import MOUNTS, mount_of
 from kvdb.requests import best_requests
 
-_NETWORK: Final = (
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "9p",
-    "ceph",
-    "afs",
-    "fuse.sshfs",
-    "fuse.s3fs",
-    "lustre",
-    "beegfs",
-)
-_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _READS: Final = 48
 _BYTES: Final = 16 << 10
 """So many reads of so many bytes are tried each way: a fiftieth of a second on a disk of its own."""
@@ -52,12 +36,12 @@ class Way(NamedTuple):
     fits: bool = False
 
 
-def way_to_read(chunks: Path, stored_bytes: int, mounts: Path = Path("/proc/self/mounts")) -> Way:
+def way_to_read(chunks: Path, stored_bytes: int, mounts: Path = MOUNTS) -> Way:
     """chunks: where shards lie. stored_bytes: of all of them."""
     if sys.platform != "linux":
         return Way("pread", f"maps of files are not used on {sys.platform}")
-    if (kind := _file_system(chunks, mounts)) in _NETWORK:
-        return Way("pread", f"{kind} is a network file system")
+    if (mount := mount_of(chunks, mounts)).network:
+        return Way("pread", f"{mount.kind} is a network file system")
     available = available_bytes()
     if stored_bytes <= available:
         return Way("mmap", f"{stored_bytes >> 20} MiB of KV fit into {available >> 20} MiB of memory", fits=True)
@@ -71,23 +55,6 @@ def way_to_read(chunks: Path, stored_bytes: int, mounts: Path = Path("/proc/self
         return Way("mmap", f"{large}; {e}")
     times = f"{_READS} reads take {1e3 * direct:.1f} ms past the page cache, {1e3 * mapped:.1f} ms through it"
     return Way("direct" if direct <= mapped else "mmap", f"{large}; {times}")
-
-
-def _file_system(path: Path, mounts: Path) -> str:
-    """Type of the one that holds a path; empty where the system does not tell."""
-    best, found = -1, ""
-    try:
-        lines = os.fsdecode(mounts.read_bytes()).splitlines()
-    except OSError:
-        return ""
-    for line in lines:
-        _, escaped, kind, *_ = line.split(" ")
-        point = os.fsdecode(_OCTAL.sub(lambda octal: bytes([int(octal[1], 8)]), os.fsencode(escaped)))
-        if len(point) >= best and path.resolve().is_relative_to(
-            point
-        ):  # of two at one place, the later one lies on top
-            best, found = len(point), kind
-    return found
 
 
 def _largest(chunks: Path) -> Path | None:

@@ -35,19 +35,24 @@ def compact(db: KVDB, name_or_key: str | None) -> int:
         wanted = txn.sequences() if name_or_key is None else [txn.sequence(name_or_key)]
         segments = txn.segments()
     saved = 0
-    for run in dict.fromkeys(tuple(plan(segments, s.spans)) for s in wanted):
+    children = continued(segments)
+    for run in dict.fromkeys(tuple(plan(segments, children, s.spans)) for s in wanted):
         with db.catalog.locked():
             saved += _merge(db, list(run))
     return saved
 
 
-def plan(segments: dict[str, SegmentEntry], spans: tuple[Span, ...]) -> list[str]:
-    """The segments at the end of a path that are worth merging, oldest first.
+def continued(segments: dict[str, SegmentEntry]) -> Counter[str | None]:
+    """How many segments continue each segment."""
+    return Counter(entry.info.parent for entry in segments.values())
+
+
+def plan(segments: dict[str, SegmentEntry], children: Counter[str | None], spans: tuple[Span, ...]) -> list[str]:
+    """The segments at the end of a path that are worth merging, oldest first. children: as `continued` counts them.
 
     A segment is worth copying when what comes after it is at least half as long: whatever stays is longer than twice all
     that follows it, and every copy makes a token's segment at least half as long again.
     """
-    children = Counter(entry.info.parent for entry in segments.values())
     last = segments[spans[-1].segment].info
     if children[last.segment]:
         return []

@@ -29,6 +29,7 @@ TABLES: Final = (
     "meta", "identities", "segments", "tokens", "tree", "sequences", "names", "uses", "moved", "unsynced",
 )  # fmt: skip
 DATA: Final = "data.mdb"
+LOCK_TABLE: Final = "lock.mdb"
 RELAXED: Final = "relaxed"
 """A file beside it, once it was ever written to without waiting for the disk."""
 _MAGIC, _VERSION, _META_FLAG, _NO_PAGE = 0xBEEF_C0DE, 1, 0x08, (1 << 64) - 1
@@ -132,6 +133,13 @@ def _said(path: Path, error: lmdb.Error, expected: str) -> str:
     return f"{path}: {str(error).removeprefix(f'{path}: ')}, expected {expected}"
 
 
+def may_lock(path: Path) -> bool:
+    """Whether this process may write to the table of readers of a catalog's folder. Where it may not, it can read without a place in the
+    table: if another one writes meanwhile, pages may change under it, and entries that do not verify tell."""
+    table = path / LOCK_TABLE
+    return os.access(table if table.exists() else path, os.W_OK)
+
+
 class Environment:
     """An open LMDB environment and its tables; shared by every handle on the same path in this process."""
 
@@ -180,7 +188,7 @@ class Environment:
             if not self.readonly:
                 self.env.reader_check()
         if not self.readonly:
-            for name in (DATA, "lock.mdb"):  # the umask may have taken more than we asked for, or an old version less
+            for name in (DATA, LOCK_TABLE):  # the umask may have taken more than we asked for, or an old version less
                 with contextlib.suppress(FileNotFoundError):
                     os.chmod(self.path / name, files.FILE_MODE)
         self._inode = files.inode(data)

@@ -49,7 +49,7 @@ class CodecSpec(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, Any] = {}
 
 
-class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """All there is to know about a segment but its bytes. Stored in the catalog and in the attributes of KV arrays.
 
     start, tokens  it holds positions [start, start + tokens) of every sequence through it; start is on the chunk grid

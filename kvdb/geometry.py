@@ -48,7 +48,7 @@ def div_ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
+class LayerGroup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Layers that share one KV shape and therefore one array. `layers` are model layer indices, in order."""
 
     layers: tuple[int, ...]
@@ -65,7 +65,7 @@ class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-class Geometry(msgspec.Struct, frozen=True, kw_only=True):
+class Geometry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The KV shape of a whole model: dtype, chunk size and layer groups."""
 
     dtype: str

@@ -165,6 +165,19 @@ class Lending(NamedTuple):
     of: Array | None
 
 
+class Place(NamedTuple):
+    """Where a stored record lies.
+
+    offset, nbytes  in the file; of rows that are compressed in blocks those of the block, which other records share
+    digest          as it must be; None where nothing is verified
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+    digest: int | None
+
+
 class Reader(ABC):
     """Contract: whole files are checked on `open`, every byte asked for is delivered or an error is raised."""
 
@@ -262,6 +275,16 @@ class Reader(ABC):
         self._check(array, rows, stored.__getitem__)
         self.bytes_read += stored.nbytes
         return stored
+
+    def place_of(self, segment: Segment, layer: int, record: int) -> Place:
+        """Where a record lies; nothing of it is read.
+
+        raises  InvalidInput for a record outside the segment; Damaged for missing or short files
+        """
+        array, rows = self._locate(segment, layer, np.array([record]))
+        row = int(rows[0])
+        offset, nbytes = (row * array.row, array.row) if array.unpacked is None else array.unpacked.place_of(row)
+        return Place(array.path, offset, nbytes, None if array.digests is None else int(array.digests[row]))
 
     def _locate(self, segment: Segment, layer: int, records: Array) -> tuple[OpenArray, Array]:
         """The array that holds records of a layer, and their rows in it."""

@@ -247,9 +247,14 @@ def quarantine(path: Path, what: Path) -> None:
         files.rename(what, _aside(path, what.name))
 
 
+def taken_out(path: Path) -> Path:
+    """Where a repair of the store at `path` leaves what it takes out."""
+    return path / "quarantine"
+
+
 def _aside(path: Path, name: str) -> Path:
     """A free name in quarantine/."""
-    target = path / "quarantine" / name
+    target = taken_out(path) / name
     return target.with_name(f"{name}.{os.urandom(4).hex()}") if target.exists() else target
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvdb import files, manifests
 from kvdb.catalog import Catalog
-from kvdb.entries import SegmentEntry, Sequence, Totals
+from kvdb.entries import SegmentEntry, Sequence, Totals, Use
 from kvdb.errors import StorageFull, StoreLocked
 from kvdb.format import METADATA_KEY, SegmentInfo
 from kvdb.reader import TRASH
@@ -170,29 +170,17 @@ class Space:
         self, txn: Transaction, wanted: int, *, named: bool, keep: Keep
     ) -> tuple[list[SegmentEntry], list[Sequence]]:
         sequences, segments = txn.sequences(), txn.segments()
-        stays = [s for s in sequences if s.pinned or (s.name is not None and not named)]
-        protected = {span.segment for s in stays for span in s.spans}
+        protected = protected_segments(sequences, named=named)
         ends = (keep,) if isinstance(keep, str) else keep or ()
         kept = protected | {info.segment for end in ends if end in segments for info in txn.path(end)}
-        children = Counter(entry.info.parent for entry in segments.values())
-        leaves = [
-            (self.retention.rank(_leaf(txn, entry)), segment)
-            for segment, entry in segments.items()
-            if not children[segment] and segment not in kept
-        ]
-        heapq.heapify(leaves)
         gone: dict[str, SegmentEntry] = {}
         freed = 0
-        while leaves and freed < wanted:
-            _, segment = heapq.heappop(leaves)
-            gone[segment] = entry = segments[segment]
+        for entry in in_order(self.retention, segments, kept, lambda entry: txn.use(entry.info.segment)):
+            if freed >= wanted:
+                break
+            gone[entry.info.segment] = entry
             freed += entry.disk_bytes
             txn.remove_segment(entry.info)
-            parent = entry.info.parent
-            if parent is not None:
-                children[parent] -= 1
-                if not children[parent] and parent not in kept:
-                    heapq.heappush(leaves, (self.retention.rank(_leaf(txn, segments[parent])), parent))
         cut = [s for s in sequences if any(span.segment in gone for span in s.spans)]
         for sequence in cut:
             left = tuple(span for span in sequence.spans if span.segment not in gone)
@@ -240,7 +228,7 @@ def expire(txn: Transaction) -> tuple[list[SegmentEntry], list[Sequence]]:
     if (due := txn.next_expiry()) is None or due > now:
         return [], []
     mortal = [s for s in txn.sequences() if s.expires is not None]
-    expired = [s for s in mortal if s.expires is not None and s.expires <= now and not s.pinned]
+    expired = [s for s in mortal if has_expired(s, now)]
     for sequence in expired:
         txn.remove_sequence(sequence)
     txn.expect_expiry([s.expires for s in mortal if s.expires is not None and s not in expired and not s.pinned])
@@ -250,6 +238,37 @@ def expire(txn: Transaction) -> tuple[list[SegmentEntry], list[Sequence]]:
     return [segments[info.segment] for info in txn.remove_unreferenced(expired)], expired
 
 
-def _leaf(txn: Transaction, entry: SegmentEntry) -> Leaf:
-    info, use = entry.info, txn.use(entry.info.segment)
-    return Leaf(info.segment, use.last_used, use.hits, info.start, info.tokens, entry.disk_bytes)
+def protected_segments(sequences: Iterable[Sequence], *, named: bool) -> set[str]:
+    """What retention must leave alone: segments of pinned sequences, and of named ones unless those may go too."""
+    return {span.segment for s in sequences if s.pinned or (s.name is not None and not named) for span in s.spans}
+
+
+def in_order(
+    retention: Retention, segments: dict[str, SegmentEntry], kept: Collection[str], use: Callable[[SegmentEntry], Use]
+) -> Iterator[SegmentEntry]:
+    """Segments as they may go, one after the other: leaves of the prefix tree by rank, a parent after its last child."""
+    children = Counter(entry.info.parent for entry in segments.values())
+    leaves = [
+        (_rank(retention, entry, use), segment)
+        for segment, entry in segments.items()
+        if not children[segment] and segment not in kept
+    ]
+    heapq.heapify(leaves)
+    while leaves:
+        entry = segments[heapq.heappop(leaves)[1]]
+        yield entry
+        parent = entry.info.parent
+        if parent in segments:
+            children[parent] -= 1
+            if not children[parent] and parent not in kept:
+                heapq.heappush(leaves, (_rank(retention, segments[parent], use), parent))
+
+
+def _rank(retention: Retention, entry: SegmentEntry, use: Callable[[SegmentEntry], Use]) -> tuple[float, ...]:
+    info, used = entry.info, use(entry)
+    return retention.rank(Leaf(info.segment, used.last_used, used.hits, info.start, info.tokens, entry.disk_bytes))
+
+
+def has_expired(sequence: Sequence, now: float) -> bool:
+    """Whether it goes with the next write. now: store time."""
+    return sequence.expires is not None and sequence.expires <= now and not sequence.pinned

@@ -21,6 +21,7 @@ from kvdb.catalog import Catalog
 from kvdb.check import check_store
 from kvdb.codecs import RAW, CodecPlan
 from kvdb.entries import Found, Limits, SegmentEntry, Sequence, Span, check_name
+from kvdb.environment import may_lock
 from kvdb.errors import (
     Damaged,
     InvalidInput,
@@ -45,7 +46,7 @@ from kvdb.reading import Reading
 from kvdb.retention import RETENTION
 from kvdb.segments import Segment, SegmentWriter, new_segment_id, reserved_bytes
 from kvdb.sizes import parse_bytes
-from kvdb.space import Keep, Space
+from kvdb.space import Keep, Space, has_expired
 from kvdb.transaction import Transaction
 
 UNLIMITED: Final = "unlimited"
@@ -93,7 +94,7 @@ class KVDB:
                 readonly=self.readonly,
                 durable=self.durable,
                 names=path / manifests.NAMES,
-                lock=options.lock,
+                lock=options.lock and (not self.readonly or may_lock(path / "catalog")),
                 lock_timeout_s=options.lock_timeout_s,
             )
             self.space = Space(
@@ -382,7 +383,7 @@ class KVDB:
         """
         with self.catalog.begin() as txn:
             found = txn.sequence(name_or_key)
-            if found.expires is not None and found.expires <= txn.now() and not found.pinned:
+            if has_expired(found, txn.now()):
                 raise SequenceNotFound(f"sequence {name_or_key!r}: expired, expected a live one; save it again")
             txn.check_root(found)
             return found

@@ -21,7 +21,7 @@ from kvdb import files, format
 from kvdb.abstracts import ABSTRACTS, build_all
 from kvdb.arrays import AbstractWriter, abstract_bytes
 from kvdb.check import check_abstract
-from kvdb.entries import SegmentEntry
+from kvdb.entries import SegmentEntry, Span
 from kvdb.errors import Damaged, InvalidInput, StoreError
 from kvdb.reader import Reader
 from kvdb.readers import READERS
@@ -55,6 +55,30 @@ class _Plan(NamedTuple):
     def room(self) -> int:
         info = self.before.info
         return sum(abstract_bytes(info.geometry, name, info.capacity) for name in self.missing)
+
+
+class Held(NamedTuple):
+    """segments: how many have it. bytes: what it takes there, chunks that are not used yet not counted."""
+
+    segments: int
+    bytes: int
+
+
+def held_abstracts(db: KVDB, spans: tuple[Span, ...]) -> dict[str, Held]:
+    """The abstracts of some segments, by name.
+
+    raises  Damaged where segments are gone; Unsupported for abstracts that this version does not know
+    """
+    found: dict[str, Held] = {}
+    for segment in db.segments(spans):
+        info = segment.info
+        codecs_of(info)  # refuses abstracts that this version does not know
+        for name in info.abstracts:
+            groups = range(len(info.geometry.groups))
+            places = [format.abstract_layout(info.geometry, g, info.chunks, ABSTRACTS[name]) for g in groups]
+            count, total = found.get(name, Held(0, 0))
+            found[name] = Held(count + 1, total + sum(place.file_bytes for place in places))
+    return dict(sorted(found.items()))
 
 
 def set_abstracts(db: KVDB, name_or_key: str | None, abstracts: Iterable[str]) -> int:

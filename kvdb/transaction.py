@@ -95,6 +95,22 @@ class Transaction:
             yield key, entries.decode(table, key, entries.unframed(table, key, data), kind)
         self._compare(table, seen)
 
+    def readable(self, table: str, kind: type[_T], wrong: list[str]) -> Iterator[tuple[bytes, _T]]:
+        """The entries of a table that verify. What is wrong with others, or with the table's totals, is added to `wrong`."""
+        seen = Totals()
+        try:
+            for key, data in self._frames(table):
+                seen = seen.adding(_frame(table, data))
+                try:
+                    value = entries.decode(table, key, entries.unframed(table, key, data), kind)
+                except Damaged as e:
+                    wrong.append(str(e))
+                    continue
+                yield key, value
+            self._compare(table, seen)
+        except Damaged as e:
+            wrong.append(str(e))
+
     def _frames(self, table: str) -> Iterator[tuple[bytes, bytes]]:
         """Entries as they are. More than there should be is Damaged: pages may form a circle."""
         db = self._env.db[table]
@@ -445,7 +461,7 @@ class Transaction:
     # -- use
 
     def use(self, segment: str) -> Use:
-        return self._get("uses", _id(segment), Use) or Use(last_used=0.0, hits=0)
+        return self._get("uses", _id(segment), Use) or entries.UNUSED
 
     def set_use(self, segment: str, use: Use) -> None:
         self._put("uses", _id(segment), use)
@@ -593,15 +609,10 @@ class Transaction:
 
     def readable_sequences(self) -> list[Sequence]:
         """The sequences whose entries verify."""
-        found = []
-        for key, data in self._frames("sequences"):
-            with contextlib.suppress(Damaged):
-                found.append(entries.decode("sequences", key, entries.unframed("sequences", key, data), Sequence))
-        return found
+        return [sequence for _, sequence in self.readable("sequences", Sequence, [])]
 
     def _with_use(self, sequence: Sequence) -> Sequence:
-        use = self.use(sequence.spans[-1].segment)
-        return msgspec.structs.replace(sequence, last_used=max(use.last_used, sequence.created), hits=use.hits)
+        return entries.with_use(sequence, self.use(sequence.spans[-1].segment))
 
     def named(self, name: str) -> Sequence | None:
         key = self._get("names", entries.name_key(name), str)

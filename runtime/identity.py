@@ -35,12 +35,17 @@ _DIGESTS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]] = we
 
 def model_identity(model: nn.Module, *, kv_dtype: torch.dtype, salt: str = "", fresh: bool = True) -> Identity:
     """Identity of the KV this model computes. Runs at memory speed; `fresh` as in `weights_digest`."""
-    config = {
+    config = config_fields(text_config(model))
+    return Identity(weights=weights_digest(model, fresh=fresh), config=config, dtype=dtype_name(kv_dtype), salt=salt)
+
+
+def config_fields(config: Any) -> dict[str, str]:
+    """The fields of a decoder's config that change the mathematics, as canonical strings."""
+    return {
         name: json.dumps(value, sort_keys=True, default=str)
-        for name, value in text_config(model).to_dict().items()
+        for name, value in config.to_dict().items()
         if name not in IRRELEVANT_FIELDS and value is not None
     }
-    return Identity(weights=weights_digest(model, fresh=fresh), config=config, dtype=dtype_name(kv_dtype), salt=salt)
 
 
 def text_config(model: nn.Module) -> Any:

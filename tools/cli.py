@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvdb import __version__
-from kvdb.tools.commands import ask, health, judge, look, move, space
+from kvdb.tools.commands import ask, health, judge, look, machine, move, report, space
 from kvdb.tools.output import BAD_INPUT, print_json, report_error
 
 _UsageError: Final[Any] = typer.BadParameter.__mro__[1]  # typer exports only its subclass
@@ -75,7 +75,7 @@ def _kvdb(
 
 
 # In the order of the help.
-for _part in (ask, look, health, space, move, judge):
+for _part in (ask, look, report, health, machine, space, move, judge):
     app.add_typer(_part.app)
 
 

@@ -9,21 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvdb import files, format
-from kvdb.abstracts import ABSTRACTS
+from kvdb import files
+from kvdb.codecs import RAW
 from kvdb.entries import Sequence
 from kvdb.errors import Damaged, OlderFormat, Problem, StoreNotFound
 from kvdb.identity import EXACT
+from kvdb.inspection.describe import Facts, listed
+from kvdb.inspection.snapshot import Snapshot, snapshot
 from kvdb.options import Mode
-from kvdb.segments import codecs_of
 from kvdb.store import KVDB
+from kvdb.summarise import held_abstracts
+from kvdb.tools.listing import Cell, Column, print_rows
 from kvdb.tools.output import PROBLEM, print_json, print_problems, problems_json, stdout_console, visible, working
 from kvdb.tools.sizes import age_text, bytes_text, count_text, left_text, seconds_text
 
@@ -31,6 +34,13 @@ KEY_SHOWN = 8
 """Characters of a key in a list: commands take any unique beginning of four or more."""
 _PATIENCE_S, _SLOWEST = 60.0, 20 << 20
 """Longest look at an untrusted store: seconds, and bytes a second beyond that."""
+_ROOMY: Final = 110
+"""Columns of a terminal from which on a list also says how old each sequence is."""
+_COLUMNS: Final = [
+    Column("NAME", folds=True), Column("KEY"), Column("TOKENS", right=True), Column("KV", right=True), Column("DISK", right=True),
+    Column("SHARED", right=True), Column("USED"), Column("HITS", right=True), Column("CODEC", folds=True), Column("AGE"),
+    Column("MODEL", folds=True), Column("FIDELITY", folds=True), Column("EXPIRES"),
+]  # fmt: skip
 
 
 def open_store(store: Path, mode: Mode, **options: Any) -> KVDB:
@@ -55,60 +65,91 @@ def _nowhere(store: Path) -> StoreNotFound:
 
 
 def list_sequences(store: Path, *, as_json: bool) -> int:
-    """All sequences, oldest first."""
+    """All sequences, oldest first; 1 if some cannot be read."""
     with open_store(store, "r") as db:
-        found = [(sequence, kv_bytes(db, sequence)) for sequence in db.sequences()]
-        shared = db.info()["kv_bytes"]
-        with db.catalog.begin() as txn:
-            now = txn.now()  # store time, as in the entries
+        snap = snapshot(db)
+    found = listed(snap)
+    problems = snap.problems + [damage for facts in found if (damage := _damage(snap, facts.sequence)) is not None]
+    code = PROBLEM if problems else 0
     if as_json:
-        print_json({"store": str(store), "sequences": [_described(*each) for each in found]})
-        return 0
+        said = {"problems": problems_json(problems)} if problems else {}
+        print_json({"store": str(store), "sequences": [described(facts, snap.now) for facts in found], **said})
+        return code
     console = stdout_console()
-    if not found:
+    if not found and not problems:
         console.print(_empty(store), soft_wrap=True)
-        return 0
-    kept = any(sequence.pinned or sequence.expires is not None for sequence, _ in found)
-    lossy = any(sequence.fidelity != EXACT for sequence, _ in found)
-    table = Table(box=box.SIMPLE_HEAD, border_style="dim", header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("NAME", overflow="fold")
-    table.add_column("KEY", no_wrap=True)
-    table.add_column("TOKENS", justify="right", no_wrap=True)
-    table.add_column("KV", justify="right", no_wrap=True)
-    table.add_column("USED", no_wrap=True)
-    table.add_column("HITS", justify="right", no_wrap=True)
-    table.add_column("MODEL", overflow="fold")
-    if lossy:
-        table.add_column("FIDELITY", overflow="fold")
-    if kept:
-        table.add_column("EXPIRES", no_wrap=True)
-    for sequence, size in found:
-        table.add_row(
-            Text(visible(sequence.name), style="bold") if sequence.name else Text("-", style="dim"),
-            Text(sequence.key[:KEY_SHOWN], style="cyan"),
-            f"{sequence.tokens:,}",
-            bytes_text(size) if size is not None else Text("damaged", style="red"),
-            age_text(now - sequence.last_used),
-            f"{sequence.hits:,}",
-            Text(visible(_model_label(sequence.model))),
-            *([Text(visible(sequence.fidelity))] if lossy else []),
-            *([_expiry(sequence, now)] if kept else []),
-        )
-    console.print(table)
-    console.print(
-        f"{count_text(len(found), 'sequence')}, {bytes_text(shared)} of KV on disk; what sequences share is stored once",
-        style="dim",
+        return code
+    print_rows(console, *_table(found, snap.now, roomy=console.width >= _ROOMY))
+    on_disk = bytes_text(snap.disk_bytes(snap.segments))
+    told = (
+        f"{count_text(len(found), 'sequence')}, {on_disk} on disk with abstracts; what sequences share is stored once"
     )
-    return 0
+    console.print(told, style="dim")
+    print_problems(problems)
+    return code
 
 
-def _expiry(sequence: Sequence, now: float) -> Text:
+def described(facts: Facts, now: float) -> dict[str, Any]:
+    """A sequence as JSON: the entry without its spans, and what they amount to; None where its segments cannot be read."""
+    fields: dict[str, Any] = msgspec.to_builtins(facts.sequence)
+    fields["segments"] = len(fields.pop("spans"))
+    fields["age_seconds"] = max(0.0, now - facts.sequence.created)
+    return fields | {k: v for k, v in facts._asdict().items() if k != "sequence"}
+
+
+def _damage(snap: Snapshot, sequence: Sequence) -> Problem | None:
+    wrong = snap.wrong_with(sequence)
+    return None if wrong is None else Problem(f"sequence {sequence.name or sequence.key}", "missing-segment", wrong)
+
+
+def _table(found: list[Facts], now: float, *, roomy: bool) -> tuple[list[Column], Iterator[list[Cell]]]:
+    """Columns that would say the same of every sequence are left out: sharing, codecs, fidelity, expiry."""
+    plain = (None, (str(RAW),))
+    shown = {
+        "SHARED": any(facts.shared_bytes for facts in found),
+        "CODEC": any(facts.codecs not in plain for facts in found),
+        "AGE": roomy,
+        "FIDELITY": any(facts.sequence.fidelity != EXACT for facts in found),
+        "EXPIRES": any(facts.sequence.pinned or facts.sequence.expires is not None for facts in found),
+    }
+    columns = [column for column in _COLUMNS if shown.get(column.title, True)]
+    wanted = [column.title for column in columns]
+    return columns, ([row[title] for title in wanted] for row in (_row(facts, now) for facts in found))
+
+
+def _row(facts: Facts, now: float) -> dict[str, Cell]:
+    sequence = facts.sequence
+    return {
+        "NAME": (visible(sequence.name), "bold") if sequence.name else ("-", "dim"),
+        "KEY": (sequence.key[:KEY_SHOWN], "cyan"),
+        "TOKENS": (f"{sequence.tokens:,}", ""),
+        "KV": size_cell(facts.kv_bytes),
+        "DISK": size_cell(facts.disk_bytes),
+        "SHARED": size_cell(facts.shared_bytes),
+        "USED": (age_text(now - sequence.last_used), ""),
+        "HITS": (f"{sequence.hits:,}", ""),
+        "CODEC": (visible(", ".join(facts.codecs or ("-",))), ""),
+        "AGE": (age_text(now - sequence.created), ""),
+        "MODEL": (visible(model_label(sequence.model)), ""),
+        "FIDELITY": (visible(sequence.fidelity), ""),
+        "EXPIRES": expiry(sequence, now),
+    }
+
+
+def size_cell(count: int | None) -> Cell:
+    """Bytes; None: what they are of cannot be read."""
+    if count is None:
+        return "damaged", "red"
+    return (bytes_text(count), "") if count else ("-", "dim")
+
+
+def expiry(sequence: Sequence, now: float) -> Cell:
     """What keeps a sequence, or until when."""
     if sequence.pinned:
-        return Text("pinned", style="green")
+        return "pinned", "green"
     if sequence.expires is not None:
-        return Text(left_text(sequence.expires - now), style="yellow")
-    return Text("-", style="dim")
+        return left_text(sequence.expires - now), "yellow"
+    return "-", "dim"
 
 
 def list_abstracts(store: Path, name_or_key: str | None, *, as_json: bool) -> int:
@@ -148,19 +189,9 @@ def list_abstracts(store: Path, name_or_key: str | None, *, as_json: bool) -> in
 def _abstracts(db: KVDB, sequence: Sequence) -> dict[str, dict[str, int]] | None:
     """Of each abstract, how many of a sequence's segments have it, and its bytes there; None where segments are gone."""
     try:
-        segments = db.segments(sequence.spans)
+        return {name: held._asdict() for name, held in held_abstracts(db, sequence.spans).items()}
     except Damaged:
         return None
-    found: dict[str, dict[str, int]] = {}
-    for info in (segment.info for segment in segments):
-        codecs_of(info)  # refuses abstracts that this version does not know
-        for name in info.abstracts:
-            groups = range(len(info.geometry.groups))
-            places = [format.abstract_layout(info.geometry, g, info.chunks, ABSTRACTS[name]) for g in groups]
-            so_far = found.setdefault(name, {"segments": 0, "bytes": 0})
-            so_far["segments"] += 1
-            so_far["bytes"] += sum(place.file_bytes for place in places)
-    return dict(sorted(found.items()))
 
 
 def _abstracts_text(abstracts: dict[str, dict[str, int]], segments: int) -> Text:
@@ -280,13 +311,6 @@ def kv_bytes(db: KVDB, sequence: Sequence) -> int | None:
     )
 
 
-def _described(sequence: Sequence, size: int | None) -> dict[str, object]:
-    fields: dict[str, object] = msgspec.to_builtins(sequence)
-    fields["segments"] = len(sequence.spans)
-    del fields["spans"]
-    return fields | {"kv_bytes": size}
-
-
-def _model_label(model: str) -> str:
+def model_label(model: str) -> str:
     """A folder's own name; hub ids stay whole."""
     return Path(model).name if model.startswith(("/", ".")) else model

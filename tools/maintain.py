@@ -19,6 +19,7 @@ from kvdb.codecs import CodecPlan
 from kvdb.entries import Sequence
 from kvdb.errors import InvalidInput, SequenceNotFound
 from kvdb.repair import repair as run_repair
+from kvdb.repair import taken_out
 from kvdb.sizes import parse_bytes
 from kvdb.store import KVDB, UNLIMITED
 from kvdb.tools.inspect import KEY_SHOWN, advised, kv_bytes, open_store, used_text
@@ -197,7 +198,7 @@ def repair(store: Path, *, apply: bool, rebuild: bool, as_json: bool) -> int:
         )
         console.print(Text(f"{found} found, {rest}", style="red"), soft_wrap=True)
         return PROBLEM
-    kept = f"; what was taken out lies in {store / 'quarantine'}" if apply and report.actions else ""
+    kept = f"; what was taken out lies in {taken_out(store)}" if apply and report.actions else ""
     console.print(Text.assemble(("ok: ", "bold green"), f"{found} found, none left{visible(kept)}"), soft_wrap=True)
     return 0
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -93,10 +93,25 @@ def load_model(
     progress      called with one line of text before something slow starts
     raises        UnknownModel; ModelNotInstalled
     """
+    return load(locate(name_or_path, progress=progress), dtype=dtype)
+
+
+class Located(NamedTuple):
+    """Where transformers finds a model: a folder or a hub id; its short name; whether the network must not be asked."""
+
+    source: str
+    name: str
+    local_only: bool
+
+
+def locate(name_or_path: str, *, offline: bool = False, progress: Progress | None = None) -> Located:
+    """Where a model is, without loading it; one that comes in a package is converted where that was not done yet.
+
+    offline  never the network, whatever the environment says; otherwise as `load_model`
+    """
     say = progress or (lambda _: None)
     if name_or_path in KNOWN:
-        folder = _converted(name_or_path, KNOWN[name_or_path], say)
-        return _load(str(folder), name=name_or_path, dtype=dtype, local_only=True)
+        return Located(str(_converted(name_or_path, KNOWN[name_or_path], say)), name_or_path, True)
     path = Path(name_or_path).expanduser()
     if name_or_path and path.is_dir():
         if not (path / "config.json").is_file():
@@ -104,15 +119,49 @@ def load_model(
                 f"model {name_or_path!r}: folder without config.json, expected a folder in the transformers "
                 "layout; pass the folder that save_pretrained wrote"
             )
-        return _load(str(path), name=path.resolve().name, dtype=dtype, local_only=True)
+        return Located(str(path), path.resolve().name, True)
     if not _is_hub_id(name_or_path):
         raise UnknownModel(
             f"model {name_or_path!r}: no such folder and not a known name, expected one of "
             f"{_names()}, a folder with a config.json, or a hub id OWNER/NAME; check the spelling"
         )
-    say(f"loading {name_or_path} from the hub")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
-    return _load(name_or_path, name=name_or_path, dtype=dtype, local_only=offline)
+    if not offline:
+        say(f"loading {name_or_path} from the hub")
+    offline |= os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}
+    return Located(name_or_path, name_or_path, offline)
+
+
+def load_config(found: Located) -> Any:
+    """The config of a model's decoder; no weights are read.
+
+    raises  UnknownModel
+    """
+    from transformers import AutoConfig
+
+    with _translated(found.name, found.source):
+        return AutoConfig.from_pretrained(found.source, local_files_only=found.local_only).get_text_config(decoder=True)
+
+
+def load_tokenizer(name_or_path: str, *, progress: Progress | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or one that lies by itself; the network is not asked.
+
+    name_or_path  as of `load_model`, or a tokenizer.json, or a folder with one
+    raises        UnknownModel; ModelNotInstalled
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(name_or_path).expanduser()
+    alone = path / "tokenizer.json" if path.is_dir() and not (path / "config.json").is_file() else path
+    if alone.is_file():
+        try:
+            return PreTrainedTokenizerFast(tokenizer_file=str(alone))
+        except Exception as error:  # tokenizers raises nothing more special
+            raise UnknownModel(
+                f"tokenizer {str(alone)!r}: {str(error).strip()[:200]}, expected a tokenizer.json; pass that file, its folder, or a model"
+            ) from error
+    found = locate(name_or_path, offline=True, progress=progress)
+    with _translated(found.name, found.source):
+        return AutoTokenizer.from_pretrained(found.source, local_files_only=True)
 
 
 def packaged_files(name: str) -> list[Path]:
@@ -143,14 +192,28 @@ def _is_hub_id(text: str) -> bool:
     )
 
 
-def _load(source: str, *, name: str, dtype: torch.dtype, local_only: bool) -> LoadedModel:
-    from safetensors import SafetensorError
+def load(found: Located, *, dtype: torch.dtype) -> LoadedModel:
+    """What `locate` found, in eval mode on the CPU.
+
+    raises  UnknownModel
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _translated(found.name, found.source):
+        tokenizer = AutoTokenizer.from_pretrained(found.source, local_files_only=found.local_only)
+        model = AutoModelForCausalLM.from_pretrained(found.source, dtype=dtype, local_files_only=found.local_only)
+    model.eval()
+    return LoadedModel(model=model, tokenizer=tokenizer, name=found.name)
+
+
+@contextlib.contextmanager
+def _translated(name: str, source: str) -> Iterator[None]:
+    """Quietly; what transformers cannot read is an UnknownModel."""
+    from safetensors import SafetensorError
 
     try:
         with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local_only)
+            yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = (
@@ -162,8 +225,6 @@ def _load(source: str, *, name: str, dtype: torch.dtype, local_only: bool) -> Lo
             f"model {name!r}: cannot be loaded ({reason}), expected a causal language model that "
             f"transformers can read; {advice}"
         ) from error
-    model.eval()
-    return LoadedModel(model=model, tokenizer=tokenizer, name=name)
 
 
 def _converted(name: str, known: PackagedModel, say: Progress) -> Path:

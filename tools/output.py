@@ -50,7 +50,7 @@ def print_json(value: object) -> None:
 
 def visible(text: str) -> str:
     """Text from files or models without control characters, which could drive a terminal. Newlines and tabs stay."""
-    return text.translate(_CONTROLS)
+    return text if text.isprintable() else text.translate(_CONTROLS)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Progress bars: of a prefill (tokens per second, bytes written, time left), and of a run of named steps."""
+"""Progress bars: of a prefill (tokens per second, bytes written, time left), of a run of named steps, and of things that are counted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -84,6 +86,35 @@ def steps_bar(console: Console, *, total: int) -> Iterator[Callable[[str], None]
 
     with bar:
         yield update
+
+
+@contextmanager
+def counting_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows (what, how many are done, of how many), with rate and time left. Where stderr is no terminal, nothing is shown."""
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def update(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(visible(what), total=total)
+        bar.update(tasks[what], completed=done)
+
+    with bar:
+        yield update
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="cyan")
 
 
 class _Counts(ProgressColumn):

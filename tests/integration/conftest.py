@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import opened
+from shown import here, make_store, make_trace, unchanged
 from tiny_models import one_thread
 
 from kvdb import KVDB
@@ -24,3 +25,28 @@ def single_thread() -> Iterator[None]:
     """For tiny models."""
     with one_thread():
         yield
+
+
+@pytest.fixture(scope="session")
+def shown_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shown") / "a.kvdb"
+    make_store(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shown_trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shown") / "t.json"
+    make_trace(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shown_page(shown_store: Path, shown_trace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of both. Nothing in the store has changed by it."""
+    path, before = tmp_path_factory.mktemp("shown") / "report.html", unchanged(shown_store)
+    code, out, err = here("report", shown_store, "-o", path, "--trace", shown_trace)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{path}: 72 sequences, 0 problems, ")
+    assert unchanged(shown_store) == before
+    return path

@@ -430,7 +430,9 @@ def test_pins_expiry_and_hits_are_listed(store: Path) -> None:
     rows = {line.split()[0]: line for line in out.splitlines() if "a test" in line}
     assert code == 0
     assert rows["first"].split()[-1] == "pinned"
-    assert rows["first"].split()[7] == "1"  # name, key, tokens, KV and its unit, two words of age, hits
+    assert (
+        rows["first"].split()[10] == "1"
+    )  # name, key, tokens, KV and DISK with their units, nothing shared, two words of use, hits
     assert rows["mortal"].rstrip().endswith("in 2 h")
     (listed,) = (s for s in said("ls", store)["sequences"] if s["name"] == "mortal")
     assert listed["expires"] == pytest.approx(listed["created"] + 7300)
@@ -672,12 +674,13 @@ def test_ctrl_c_says_what_is_left_and_leaves_a_whole_store(
 def test_every_help_has_an_example() -> None:
     names = sorted(typer.main.get_command(app).commands)
     assert names == [
-        "abstracts", "ask", "cap", "compact", "eval", "evict", "export", "gc", "import", "info", "ls", "pin", "repair", "rm", "unpin", "verify",
+        "abstracts", "ask", "bench", "cap", "compact", "diff", "doctor", "du", "eval", "evict", "explain", "export", "gc", "import", "info", "ls",
+        "pin", "plot", "repair", "report", "rm", "show", "trace", "tree", "unpin", "verify",
     ]  # fmt: skip
     for command in ([], *([name] for name in names)):
         code, out, _ = here(*command, "--help")
         assert code == 0
-        subject = "--selector box" if command == ["eval"] else "notes.kvdb"
+        subject = {"eval": "--selector box", "bench": "gather append", "trace": "steps.json"}.get("".join(command), "notes.kvdb")
         assert f"Example: kvdb {' '.join(command) or 'ask'} {subject}" in out
 
 

@@ -45,6 +45,12 @@ def memory_cap(limit_bytes: int) -> Iterator[Path]:
         group.rmdir()
 
 
+def can_cap() -> bool:
+    """Whether this process may make such a group."""
+    parent = _group(os.getpid()).parent
+    return os.access(parent, os.W_OK) and (_first_version() or "memory" in _controllers(parent))
+
+
 def page_cache_bytes(group: Path) -> int:
     """Of files: what is in the page cache now and was brought there from within the group."""
     charged = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -59,6 +65,13 @@ def remove_group(pid: int) -> None:
 
 def _first_version() -> bool:
     return (_ROOT / "memory").is_dir()
+
+
+def _controllers(group: Path) -> list[str]:
+    try:
+        return (group / "cgroup.controllers").read_text().split()
+    except OSError:
+        return []
 
 
 def _group(pid: int) -> Path:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +14,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-import kvdb
 from kvdb import KVDB
 from kvdb.runtime import KVDBCache
+from kvdb.tools.bench import RESULTS_FOLDER
+from kvdb.tools.bench.machine import RESULTS_VARIABLE, host
 from kvdb.tools.documents import reference_document
 from kvdb.tools.models import LoadedModel, load_model
 
-RESULTS = Path("benchmarks/results")
+RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or RESULTS_FOLDER)
 
 
 def real_model() -> LoadedModel:
@@ -53,24 +52,7 @@ def dense_cache(cache: KVDBCache, config: Any) -> DynamicCache:
 
 def machine() -> dict[str, Any]:
     """What a figure was measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "kvdb": kvdb.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
+    return {**host(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def median(values: list[float]) -> float:
@@ -81,5 +63,7 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     """Keep a result as JSON, with the machine it came from."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, "machine": machine(), **result}, indent=1) + "\n")
+    unfinished = path.with_suffix(".new")
+    unfinished.write_text(json.dumps({"benchmark": name, "machine": machine(), **result}, indent=1) + "\n")
+    unfinished.replace(path)
     return path

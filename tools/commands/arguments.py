@@ -7,6 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
+LOOK: Final = "Look inside"
 HEALTH: Final = "Keep a store healthy"
 SPACE: Final = "Keep a store small"
 MOVE: Final = "Move sequences"

@@ -1,4 +1,4 @@
-"""`kvdb eval`."""
+"""`kvdb eval` and `bench`: what KVDB costs in quality, and in time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from kvdb.geometry import CHUNK_TOKENS
+from kvdb.tools.bench import RESULTS_FOLDER
 from kvdb.tools.commands.arguments import JUDGE, Json, Model, Stats, Threads
 from kvdb.tools.evaluate.command import evaluate
 
@@ -77,6 +78,14 @@ def eval_(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw quality against bytes read to this SVG file.")
     ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Then show ratios to this older result of --stats or 'kvdb bench eval'.",
+            show_default=False,
+        ),
+    ] = None,
     stats: Stats = None,
     as_json: Json = False,
 ) -> None:
@@ -103,5 +112,48 @@ def eval_(
         threads=threads,
         stats=stats,
         plot=plot,
+        compare_with=compare,
         as_json=as_json,
+    )
+
+
+@app.command(epilog="Example: kvdb bench gather append --compare old/", rich_help_panel=JUDGE)
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME ...]", help="Which, see --list. Default: all.", show_default=False),
+    ] = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="List them: what each measures, how long, what it needs.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where results go, a JSON file each.")
+    ] = Path(RESULTS_FOLDER),
+    again: Annotated[
+        bool, typer.Option("--again", help="Also what is finished, by this code on this machine.")
+    ] = False,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|FOLDER", help="Then show ratios to older results of the same names.", show_default=False
+        ),
+    ] = None,
+    no_run: Annotated[
+        bool, typer.Option("--no-run", help="With --compare: run nothing, compare what is there.")
+    ] = False,
+    each: Annotated[bool, typer.Option("--each", help="With --compare: every figure of every row.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run benchmarks, one after the other, each beside its baseline in the same run.
+
+    What is finished is not run again, and what was interrupted goes on. Exits 1 if one fails.
+    """
+    from kvdb.tools.bench import command
+
+    if listed:
+        raise typer.Exit(command.list_benches(names or [], results=output, as_json=as_json))
+    raise typer.Exit(
+        command.bench(
+            names or [], results=output, again=again, run=not no_run, compare_with=compare, each=each, as_json=as_json
+        )
     )

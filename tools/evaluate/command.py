@@ -43,9 +43,11 @@ def evaluate(
     threads: int | None = None,
     stats: Path | None = None,
     plot: Path | None = None,
+    compare_with: Path | None = None,
     as_json: bool = False,
 ) -> None:
     """See `kvdb eval --help`. None or nothing in a list: its default; budgets: only where no other rule is given."""
+    older = None if compare_with is None else _older(compare_with)
     budgets = budgets or ([] if thresholds or masses or certified else [*DEFAULT_BUDGETS])
     limits = [parse_budget(budget) for budget in budgets]
     parsed = [CodecPlan.parse(codec) for codec in codecs or [DEFAULT_CODEC]]
@@ -62,6 +64,8 @@ def evaluate(
         import msgspec
 
         from kvdb.runtime.selection import Budget, Certified, Mass, Threshold
+        from kvdb.tools.bench.command import show_compared
+        from kvdb.tools.bench.compare import compare
         from kvdb.tools.bench.setup import machine
         from kvdb.tools.evaluate.judge import Trial, judge
         from kvdb.tools.evaluate.oracle import JUDGED
@@ -100,11 +104,25 @@ def evaluate(
         stats.write_text(json.dumps(result, indent=1) + "\n")
     if plot is not None:
         plot.write_text(svg(report))
+    compared = [] if older is None else [compare(older, result)]
     if as_json:
-        print_json(result)
+        print_json(result if older is None else {**result, "compared": msgspec.to_builtins(compared)})
         return
     shown = stdout_console()
     shown.print(table(report))
     for row in report.rows if layers else ():
         shown.print(f"{row.codec} {row.selector} {row.rule} at {row.tokens:,} tokens", style="italic")
         shown.print(layers_table(row))
+    show_compared(compared, each=False)
+
+
+def _older(file: Path) -> dict[str, Any]:
+    """raises  InvalidInput for what is no result of an evaluation"""
+    from kvdb.tools.bench.compare import EVAL, benchmark_of, read_result
+
+    result = read_result(file)
+    if benchmark_of(result) != EVAL:
+        raise InvalidInput(
+            f"--compare {file}: of benchmark {benchmark_of(result)!r}, expected what 'kvdb eval --stats' wrote"
+        )
+    return result

@@ -1,0 +1,90 @@
+"""What a store runs on, all together: facts alone. `kvdb.advice` says what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from kvdb import folder
+from kvdb.calibration import Way, way_to_read
+from kvdb.errors import Damaged, OutOfMemory, StoreError, StoreLocked, StoreNotFound
+from kvdb.machine import Machine, look_at_machine
+from kvdb.place import FsyncCost, Place, fsync_cost, look_at_place
+from kvdb.store import KVDB
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """How `read_mode="auto"` decides for a store.
+
+    shared  whether `KVDB.open` opens it with mode "r", among other handles; False: only `KVDB.open_untrusted` does
+    """
+
+    mode: str
+    why: str
+    stored_bytes: int
+    shared: bool
+
+
+class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
+    """What models run on beside the CPU. build: what torch was built for, such as "cpu" or "cuda 12.8"."""
+
+    build: str
+    cuda: bool
+    device: str
+    memory_bytes: int | None
+    threads: int
+
+
+class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+    """All that was found out. place, reading: None without a store; `broken`: why it could not be opened."""
+
+    machine: Machine
+    place: Place | None = None
+    reading: Reading | None = None
+    broken: str = ""
+    fsync: FsyncCost | None = None
+    accelerator: Accelerator | None = None
+
+
+def look_around(store: Path | None = None, *, probe: bool = False) -> Surroundings:
+    """Look around, and into a store; nothing is written, but for `probe`.
+
+    store   an existing one, or an empty folder for one to be; None: the machine alone
+    probe   measure what an fsync costs, in a file beside the store that is removed again
+    raises  StoreNotFound, NotAStore, NewerFormat, OlderFormat; InvalidInput where there is no room for that file; OSError
+    """
+    if store is None:
+        return Surroundings(machine=look_at_machine())
+    there = folder.holds_store(store)
+    if not store.exists():
+        raise StoreNotFound(f"{store}: no such folder, expected a store, or an empty folder for one")
+    reading, broken = _reading(store) if there else (None, "")
+    return Surroundings(
+        machine=look_at_machine(),
+        place=look_at_place(store, store / folder.HEADER if there else None),
+        reading=reading,
+        broken=broken,
+        fsync=fsync_cost(store) if probe else None,
+    )
+
+
+def _reading(store: Path) -> tuple[Reading | None, str]:
+    """How it is read, or why not. Who may not write to a store cannot hold it open as others do, and looks in without locks."""
+    try:
+        db = _opened(store)
+    except (Damaged, OutOfMemory, StoreLocked) as e:
+        return None, str(e)
+    with db:
+        info, shared = db.info(), db.options.lock
+    way = Way(info["read_mode"], info["why_read_mode"]) if shared else way_to_read(store / "chunks", info["disk_bytes"])
+    return Reading(mode=way.name, why=way.why, stored_bytes=info["disk_bytes"], shared=shared), ""
+
+
+def _opened(store: Path) -> KVDB:
+    try:
+        return KVDB.open(store, "r")
+    except StoreError as e:
+        if type(e) is not StoreError:  # newer, older, locked: looking in without locks is no remedy
+            raise
+        return KVDB.open_untrusted(store)
