@@ -42,7 +42,7 @@ def check_store(root: Path, catalog: Catalog) -> Iterator[Problem]:
         catalog.check_structure()
         with catalog.begin() as txn:
             found = list(_check_catalog(txn))
-            segments = readable_segments(txn)
+            segments = _readable_segments(txn)
             views = [(e, _identity(txn, e.info.identity), _tokens(txn, e.info.segment)) for e in segments.values()]
     except Damaged as e:
         yield Problem("catalog", "catalog", str(e))
@@ -63,7 +63,7 @@ def check_store(root: Path, catalog: Catalog) -> Iterator[Problem]:
         yield from _check_leftovers(root, txn)
 
 
-def readable_segments(txn: Transaction) -> dict[str, SegmentEntry]:
+def _readable_segments(txn: Transaction) -> dict[str, SegmentEntry]:
     """The segments whose entries verify, by id."""
     found = {}
     for segment in txn.segment_ids():
@@ -113,7 +113,7 @@ def _tokens(txn: Transaction, segment: str) -> bytes | None:
 def _check_catalog(txn: Transaction) -> Iterator[Problem]:
     for table, message in txn.table_problems():
         yield Problem(f"catalog table {table}", "damaged-entry", message)
-    segments = readable_segments(txn)
+    segments = _readable_segments(txn)
     for segment in sorted(set(txn.segment_ids()) - set(segments)):
         yield Problem(f"segment {segment}", "damaged-entry", "its entry does not verify, expected it to", segment)
     for entry in segments.values():

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvdb import traces
 from kvdb.errors import InvalidInput
-from kvdb.maps import COLUMNS
+from kvdb.inspection import traces
+from kvdb.inspection.maps import COLUMNS
+from kvdb.inspection.traces import Cost, Hidden, Summary
 from kvdb.tools.output import print_json, stdout_console, visible, working
 from kvdb.tools.sizes import bytes_text, count_text, seconds_text, share_text
-from kvdb.traces import Cost, Hidden, Summary
 
 
 def show_trace(file: Path, *, stage: str | None, as_json: bool) -> int:

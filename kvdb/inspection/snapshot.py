@@ -33,7 +33,7 @@ class Snapshot:
     """now         store time, seconds, as in the entries
     sequences   oldest first, use filled in
     segments    by id
-    uses        by segment; one that is missing was never used
+    uses        by segment; one that is missing was never used, or its entry cannot be read
     identities  by digest in hex
     problems    what cannot be read, of these tables alone
     """
@@ -81,6 +81,10 @@ class Snapshot:
     def use(self, segment: str) -> Use:
         return self.uses.get(segment, entries.UNUSED)
 
+    def knows_use(self, segment: str) -> bool:
+        """Whether `use` is surely what is written down: where entries of uses cannot be read, one that is missing may be among them."""
+        return segment in self.uses or not any(problem.loc == _loc("uses") for problem in self.problems)
+
     def entries(self, spans: Iterable[Span]) -> list[SegmentEntry] | None:
         """Of segments behind spans; None where one cannot be read."""
         found = [self.segments.get(span.segment) for span in spans]
@@ -105,10 +109,11 @@ def snapshot(db: KVDB) -> Snapshot:
     raises  Damaged where not even LMDB's own pages can be followed
     """
     with db.catalog.begin() as txn:
-        return _read(db.path, txn)
+        return snapshot_in(txn, db.path)
 
 
-def _read(root: Path, txn: Transaction) -> Snapshot:
+def snapshot_in(txn: Transaction, root: Path) -> Snapshot:
+    """As of a transaction on the store at `root`."""
     wrong: dict[str, list[str]] = {table: [] for table in ("sequences", "segments", "uses", "identities")}
     segments: dict[str, SegmentEntry] = {}
     for key, entry in txn.readable("segments", SegmentEntry, wrong["segments"]):
@@ -135,7 +140,9 @@ def _read(root: Path, txn: Transaction) -> Snapshot:
         segments=segments,
         uses=uses,
         identities=identities,
-        problems=[
-            Problem(f"catalog table {table}", DAMAGED, message) for table, said in wrong.items() for message in said
-        ],
+        problems=[Problem(_loc(table), DAMAGED, message) for table, said in wrong.items() for message in said],
     )
+
+
+def _loc(table: str) -> str:
+    return f"catalog table {table}"

@@ -680,7 +680,9 @@ def test_every_help_has_an_example() -> None:
     for command in ([], *([name] for name in names)):
         code, out, _ = here(*command, "--help")
         assert code == 0
-        subject = {"eval": "--selector box", "bench": "gather append", "trace": "steps.json"}.get("".join(command), "notes.kvdb")
+        subject = {"eval": "--selector box", "bench": "gather append", "trace": "steps.json"}.get(
+            "".join(command), "notes.kvdb"
+        )
         assert f"Example: kvdb {' '.join(command) or 'ask'} {subject}" in out
 
 

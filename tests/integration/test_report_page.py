@@ -14,7 +14,7 @@ from browser import Browser, browser
 from shown import NASTY
 
 from kvdb import KVDB
-from kvdb.maps import key_maps
+from kvdb.inspection.maps import key_maps
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from helpers import SMALL, TWO_GROUPS, extend, flip, identity, opened, read_kv, 
 from kvdb import KVDB, Geometry, format
 from kvdb.codecs import CodecPlan
 from kvdb.geometry import as_float32, div_ceil
-from kvdb.maps import Grid, key_maps
+from kvdb.inspection.maps import Grid, key_maps
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

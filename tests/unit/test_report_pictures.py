@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from kvdb.errors import Problem
-from kvdb.maps import Grid
-from kvdb.survey import LayerBytes, Survey, SurveyedSegment, SurveyedSequence
+from kvdb.inspection.maps import Grid
+from kvdb.inspection.survey import LayerBytes, Survey, SurveyedSegment, SurveyedSequence
 from kvdb.tools.report import pictures
 from kvdb.tools.report.drawing import SCALE, alone, clean, number, shortened, ticks
 from kvdb.tools.report.heat import Classes, heat_map

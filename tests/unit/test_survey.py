@@ -11,10 +11,10 @@ import pytest
 from helpers import SMALL, TWO_GROUPS, extend, flip, identity, opened, token_list, tree_bytes
 
 from kvdb import KVDB, format
-from kvdb import survey as survey_module
 from kvdb.codecs import CodecPlan
+from kvdb.inspection import survey as survey_module
+from kvdb.inspection.survey import Survey, SurveyedSequence, survey
 from kvdb.segments import payload_bytes
-from kvdb.survey import Survey, SurveyedSequence, survey
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvdb import traces
 from kvdb.errors import InvalidInput
+from kvdb.inspection import traces
+from kvdb.inspection.traces import load, summarise
 from kvdb.runtime.timeline import STAGES
-from kvdb.traces import load, summarise
 
 LENGTH_US = 4000
 Event = dict[str, Any]

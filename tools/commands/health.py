@@ -1,4 +1,4 @@
-"""`kvdb repair`, `compact` and `abstracts`: a store as it should be."""
+"""`kvdb verify`, `repair`, `compact` and `abstracts`: a store as it should be."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ from kvdb.tools import inspect, maintain
 from kvdb.tools.commands.arguments import HEALTH, Json, SomeSequence, Store
 
 app: Final = typer.Typer()
+
+
+@app.command(epilog="Example: kvdb verify notes.kvdb", rich_help_panel=HEALTH)
+def verify(
+    store: Store,
+    untrusted: Annotated[
+        bool,
+        typer.Option("--untrusted", help="For a store from somebody else: check in a process that can do no harm."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a store; exits 1 if anything is wrong.
+
+    It repairs nothing; 'kvdb repair' does.
+    """
+    raise typer.Exit((inspect.verify_unknown if untrusted else inspect.verify)(store, as_json=as_json))
 
 
 @app.command(epilog="Example: kvdb repair notes.kvdb --apply", rich_help_panel=HEALTH)

@@ -1,4 +1,4 @@
-"""`kvdb ls`, `info`, `show`, `tree`, `du`, `explain`, `diff` and `verify`: what is in a store. None of them changes anything."""
+"""`kvdb ls`, `info`, `show`, `tree`, `du`, `explain` and `diff`: what is in a store. None of them changes anything."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ app: Final = typer.Typer()
 _TOKENIZER: Final = "A folder, a tokenizer.json, or a model as 'kvdb ask --model' takes it."
 
 
-@app.command(epilog="Example: kvdb ls notes.kvdb")
+@app.command(epilog="Example: kvdb ls notes.kvdb", rich_help_panel=LOOK)
 def ls(store: Store, as_json: Json = False) -> None:
     """List the sequences of a store, oldest first."""
     raise typer.Exit(inspect.list_sequences(store, as_json=as_json))
 
 
-@app.command(epilog="Example: kvdb info notes.kvdb --json")
+@app.command(epilog="Example: kvdb info notes.kvdb --json", rich_help_panel=LOOK)
 def info(store: Store, as_json: Json = False) -> None:
     """Show what a store holds and the room it takes."""
     raise typer.Exit(inspect.show_info(store, as_json=as_json))
@@ -172,19 +172,3 @@ def diff(
     stores: 'kvdb diff A.kvdb --other B.kvdb'.
     """
     raise typer.Exit(diff_module.show_difference(store, first, second, other=other, worst=worst, as_json=as_json))
-
-
-@app.command(epilog="Example: kvdb verify notes.kvdb")
-def verify(
-    store: Store,
-    untrusted: Annotated[
-        bool,
-        typer.Option("--untrusted", help="For a store from somebody else: check in a process that can do no harm."),
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Check every byte of a store; exits 1 if anything is wrong.
-
-    It repairs nothing; 'kvdb repair' does.
-    """
-    raise typer.Exit((inspect.verify_unknown if untrusted else inspect.verify)(store, as_json=as_json))

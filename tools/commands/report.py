@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from kvdb.tools.commands.arguments import Json, Store
+from kvdb.tools.commands.arguments import LOOK, Json, Store
 
 app: Final = typer.Typer()
 
@@ -17,7 +17,7 @@ _Trace = Annotated[
 ]
 
 
-@app.command(epilog="Example: kvdb report notes.kvdb -o report.html")
+@app.command(epilog="Example: kvdb report notes.kvdb -o report.html", rich_help_panel=LOOK)
 def report(
     store: Store,
     output: Annotated[
@@ -44,7 +44,7 @@ def report(
     raise typer.Exit(command.report(store, output, sequences=sequence or [], trace=trace, as_json=as_json))
 
 
-@app.command(epilog="Example: kvdb plot notes.kvdb norms -o norms.svg")
+@app.command(epilog="Example: kvdb plot notes.kvdb norms -o norms.svg", rich_help_panel=LOOK)
 def plot(
     store: Store,
     what: Annotated[
@@ -69,7 +69,7 @@ def plot(
     raise typer.Exit(command.plot(store, what, output, sequence=sequence, trace=trace, as_json=as_json))
 
 
-@app.command(epilog="Example: kvdb trace steps.json")
+@app.command(epilog="Example: kvdb trace steps.json", rich_help_panel=LOOK)
 def trace(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="What 'kvdb ask --trace FILE' wrote.", show_default=False)

@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import msgspec
 
-from kvdb import files, traces
+from kvdb import files
 from kvdb.entries import Sequence
 from kvdb.errors import InvalidInput
-from kvdb.maps import COLUMNS, key_maps
+from kvdb.inspection import traces
+from kvdb.inspection.maps import COLUMNS, key_maps
+from kvdb.inspection.survey import survey
 from kvdb.store import KVDB
-from kvdb.survey import survey
 from kvdb.tools.inspect import open_store
 from kvdb.tools.output import PROBLEM, Interrupted, print_json, stderr_console, stdout_console, visible
 from kvdb.tools.progress import counting_bar

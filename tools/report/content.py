@@ -11,10 +11,11 @@ import msgspec
 from kvdb import __version__
 from kvdb.entries import Sequence
 from kvdb.errors import Damaged
-from kvdb.maps import KeyMaps, key_maps
+from kvdb.inspection.maps import KeyMaps, key_maps
+from kvdb.inspection.snapshot import snapshot
+from kvdb.inspection.survey import Survey, survey
+from kvdb.inspection.traces import Summary
 from kvdb.store import KVDB
-from kvdb.survey import Survey, survey
-from kvdb.traces import Summary
 
 MAPPED: Final = 4
 """Sequences whose keys are mapped where nobody names any."""
@@ -82,11 +83,9 @@ def gather(
 
 def longest(db: KVDB, most: int) -> list[Sequence]:
     """The longest sequences, without those that end inside one before them."""
-    with db.catalog.begin() as txn:
-        sequences = txn.readable_sequences()
     chosen: list[Sequence] = []
     passed: set[str] = set()
-    for sequence in sorted(sequences, key=lambda s: (-s.tokens, s.key)):
+    for sequence in sorted(snapshot(db).sequences, key=lambda s: (-s.tokens, s.key)):
         full = sum(s.tokens for s in chosen) + sequence.tokens > _MAPPED_TOKENS
         if len(chosen) == most or (chosen and full):
             break

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Final
 
-from kvdb.maps import Grid
+from kvdb.inspection.maps import Grid
 from kvdb.tools.report.drawing import SCALE, WIDTH, line, number, picture, rect, text, ticks
 
 _LEFT, _TOP, _RIGHT = 52, 34, 14

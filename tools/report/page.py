@@ -16,14 +16,14 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from kvdb.maps import Grid
+from kvdb.inspection.maps import Grid
+from kvdb.inspection.traces import Summary
 from kvdb.tools.output import visible
 from kvdb.tools.report import pictures
 from kvdb.tools.report.content import Content, Mapped
 from kvdb.tools.report.drawing import STYLE
 from kvdb.tools.report.heat import heat_map
 from kvdb.tools.sizes import bytes_text, count_text, seconds_text, share_text
-from kvdb.traces import Summary
 
 _PROBLEMS = 200
 """Findings that are listed; how many more there are is said."""

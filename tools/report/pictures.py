@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Final, NamedTuple
 
-from kvdb.survey import Survey, SurveyedSegment
+from kvdb.inspection.survey import Survey, SurveyedSegment
+from kvdb.inspection.traces import Summary
 from kvdb.tools.report.drawing import KINDS, WIDTH, line, picture, rect, shortened, text, ticks
 from kvdb.tools.sizes import age_text, bytes_text, count_text, seconds_text, share_text
-from kvdb.traces import Summary
 
 _BRANCHES: Final = 40
 """Rows of the tree that are drawn; the report's list has all of them."""

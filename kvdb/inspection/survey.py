@@ -13,13 +13,12 @@ from collections.abc import Callable
 import msgspec
 
 from kvdb import files, format
-from kvdb.check import readable_segments
-from kvdb.entries import SegmentEntry, Sequence, Span, Use
+from kvdb.entries import SegmentEntry, Sequence, Span
 from kvdb.errors import Damaged, Problem, Unsupported
+from kvdb.inspection.snapshot import DAMAGED, Snapshot, snapshot_in
 from kvdb.reader import Reader
 from kvdb.segments import Segment, abstract_layout, block_file, codecs_of, row_bytes
 from kvdb.store import KVDB
-from kvdb.transaction import Transaction
 
 
 class SurveyedSegment(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,10 +97,9 @@ def survey(db: KVDB, told: Callable[[int, int], None] = lambda done, total: None
     cost    opens every file of the store once
     """
     with db.catalog.begin() as txn:
-        problems = [Problem(f"catalog table {table}", "damaged-entry", said) for table, said in txn.table_problems()]
-        entries, now = readable_segments(txn), txn.now()
-        uses = {segment: _use(txn, segment) for segment in entries}
-        sequences = txn.readable_sequences()
+        snap = snapshot_in(txn, db.path)
+        problems = [Problem(f"catalog table {table}", DAMAGED, said) for table, said in txn.table_problems()]
+    entries = snap.segments
     wrong: dict[str, str] = {}
     layers: dict[int, tuple[Counter[str], Counter[str]]] = {}
     with contextlib.closing(db.reader()) as reader:
@@ -113,28 +111,16 @@ def survey(db: KVDB, told: Callable[[int, int], None] = lambda done, total: None
                 if db.holds((Span(segment=segment, start=0, stop=entry.info.tokens),)):
                     wrong[segment] = str(e)
                     problems.append(Problem(f"segment {segment}", "segment", str(e), segment))
-    through = Counter(span.segment for sequence in sequences for span in sequence.spans)
     return Survey(
-        now=now,
-        sequences=tuple(
-            sorted((_sequence(s, entries, uses, through, wrong) for s in sequences), key=lambda s: (s.created, s.key))
-        ),
-        segments=tuple(
-            _segment(entry, uses[segment], through[segment], wrong.get(segment)) for segment, entry in entries.items()
-        ),
+        now=snap.now,
+        sequences=tuple(_sequence(snap, sequence, wrong) for sequence in snap.sequences),
+        segments=tuple(_segment(snap, entry, wrong.get(segment)) for segment, entry in entries.items()),
         layers=tuple(
             LayerBytes(layer=layer, kv=dict(sorted(kv.items())), abstracts=dict(sorted(abstracts.items())))
             for layer, (kv, abstracts) in sorted(layers.items())
         ),
         problems=tuple(problems),
     )
-
-
-def _use(txn: Transaction, segment: str) -> Use | None:
-    try:
-        return txn.use(segment)
-    except Damaged:  # the table's problems name it
-        return None
 
 
 def _look_at(
@@ -179,8 +165,9 @@ def _codecs(entry: SegmentEntry) -> tuple[str, ...]:
         return ()
 
 
-def _segment(entry: SegmentEntry, use: Use | None, sequences: int, problem: str | None) -> SurveyedSegment:
+def _segment(snap: Snapshot, entry: SegmentEntry, problem: str | None) -> SurveyedSegment:
     info = entry.info
+    use = snap.use(info.segment) if snap.knows_use(info.segment) else None
     return SurveyedSegment(
         segment=info.segment,
         parent=info.parent,
@@ -190,23 +177,16 @@ def _segment(entry: SegmentEntry, use: Use | None, sequences: int, problem: str 
         codecs=_codecs(entry),
         abstracts=info.abstracts,
         disk_bytes=entry.disk_bytes,
-        sequences=sequences,
+        sequences=snap.passing[info.segment],
         hits=None if use is None else use.hits,
         last_used=None if use is None else use.last_used,
         problem=problem,
     )
 
 
-def _sequence(
-    sequence: Sequence,
-    entries: dict[str, SegmentEntry],
-    uses: dict[str, Use | None],
-    through: Counter[str],
-    wrong: dict[str, str],
-) -> SurveyedSequence:
+def _sequence(snap: Snapshot, sequence: Sequence, wrong: dict[str, str]) -> SurveyedSequence:
     here = [span.segment for span in sequence.spans]
-    gone = any(segment not in entries for segment in here)
-    use = uses.get(here[-1]) or Use(last_used=0.0, hits=0)
+    entries = snap.entries(sequence.spans)
     return SurveyedSequence(
         key=sequence.key,
         name=sequence.name,
@@ -216,13 +196,15 @@ def _sequence(
         last=here[-1],
         segments=len(here),
         kv_bytes=None
-        if gone
-        else sum((s.stop - s.start) * entries[s.segment].info.geometry.token_bytes for s in sequence.spans),
-        own_bytes=sum(entries[s].disk_bytes for s in here if s in entries and through[s] == 1),
+        if entries is None
+        else sum(
+            (s.stop - s.start) * e.info.geometry.token_bytes for s, e in zip(sequence.spans, entries, strict=True)
+        ),
+        own_bytes=snap.disk_bytes(segment for segment in here if snap.passing[segment] == 1),
         created=sequence.created,
-        last_used=max(use.last_used, sequence.created),
-        hits=use.hits,
+        last_used=sequence.last_used,
+        hits=sequence.hits,
         expires=sequence.expires,
         pinned=sequence.pinned,
-        damaged=gone or any(segment in wrong for segment in here),
+        damaged=entries is None or any(segment in wrong for segment in here),
     )

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from kvdb.errors import InvalidInput
-from kvdb.maps import Grid
+from kvdb.inspection.maps import Grid
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
