@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -142,6 +143,7 @@ def run(
     possible = WAYS if plan == RAW else tuple(way for way in WAYS if way != "all")
     chosen = [way for way in possible if way in {*(ways or WAYS), "memory"}]
     shape, found = Shape(layers=layers), dict[str, list[Measured]]()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the processes that measure, as the command line has it
     with scratch(folder) as place:
         path, tracks = store or place / "s.kvdb", recording or place / "r.npz"
         if file_system(path.parent) == "tmpfs":
