@@ -182,8 +182,8 @@ def run(
         "steps": steps, "warm": warm, "turns": turns, "compute": compute, "threads": threads, "codec": codec,
         "texts": texts, "text_tokens": text_tokens, "text_repeated": tokens / (texts * text_tokens),
     }  # fmt: skip
-    what = [f"replay-{tokens}", *([] if plan == RAW else [codec]), *(["compute"] if compute else [])]
-    write_result("-".join(what), {**told, "rows": rows})
+    how = "".join(f"-{said}" for said, wanted in ((codec, plan != RAW), ("compute", compute)) if wanted)
+    write_result(f"replay-{tokens}{how}", {**told, "rows": rows})
 
 
 def _row(way: str, turns: list[Measured], base: list[Measured]) -> dict[str, Any]:
