@@ -23,6 +23,7 @@ from kvdb.codecs import CodecPlan, RecordCodec
 from kvdb.runtime.attach import Attachment
 from kvdb.runtime.selection import BoxSelector, Budget, CentroidSelector, SketchSelector
 from kvdb.tools.cli import app
+from kvdb.tools.evaluate import judge as judge_module
 from kvdb.tools.evaluate.forward import Selecting, forward
 from kvdb.tools.evaluate.judge import Trial, judge
 from kvdb.tools.evaluate.measure import distance
@@ -120,6 +121,45 @@ def test_every_codec_is_judged_and_what_is_read_are_its_bytes(tiny: Path, tmp_pa
         assert (text["kl"] == 0.0) == ((codec, rule) == ("raw", "budget=1"))
     everything = [rows[codec, "budget=1"]["kl"] for codec in ("raw", "int8", "int4;1=raw", "planes:bits=4+int2")]
     assert everything == sorted(everything)
+
+
+@pytest.mark.parametrize("cut", [0, 7], ids=["between two lines", "in a line"])
+def test_an_interrupted_evaluation_goes_on_and_finds_the_same(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    keep, done = tmp_path / "eval.jsonl", list[str]()
+    job = (
+        "--model", tiny, "--tokens", TOKENS, "--tokens", TOKENS + 64, "--positions", 4, "--text", "code", "--text", "prose", "--threads", 1,
+        "--selector", "box", "--budget", "0.1", "--needles", 0, "--json",
+    )  # fmt: skip
+    whole = json.loads(run(*job)[1])["rows"]
+    original = judge_module._judge_text
+
+    def interrupted(loaded: Any, trial: Any, tokens: int, name: str, *rest: Any) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(name)
+        return original(loaded, trial, tokens, name, *rest)
+
+    monkeypatch.setattr(judge_module, "_judge_text", interrupted)
+    assert run(*job, "--keep", keep)[0] == 130
+    assert len(keep.read_text().splitlines()) == 1 + 3
+    keep.write_bytes(keep.read_bytes()[: len(keep.read_bytes()) - cut])
+    done.clear()
+    code, out, _ = run(*job, "--keep", keep)
+    assert (code, len(done)) == (0, 2 if cut else 1)
+    assert json.loads(out)["rows"] == whole
+    done.clear()
+    assert json.loads(run(*job, "--keep", keep)[1])["rows"] == whole
+    assert not done
+
+    code, out, _ = run(*job, "--keep", keep, "--positions", 5)
+    assert (code, json.loads(out)["error"]["kind"]) == (2, "invalid-input")
+    assert "of an evaluation with other positions" in json.loads(out)["error"]["message"]
+    own = tmp_path / "own.txt"
+    own.write_text("not a journal")
+    code, out, _ = run(*job, "--keep", own)
+    assert (code, own.read_text()) == (2, "not a journal")
 
 
 def test_a_table_is_shown_with_every_layer_on_request(tiny: Path) -> None:

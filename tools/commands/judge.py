@@ -86,6 +86,14 @@ def eval_(
             show_default=False,
         ),
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep what is judged there, text by text, and go on from it after an interruption.",
+            show_default=False,
+        ),
+    ] = None,
     stats: Stats = None,
     as_json: Json = False,
 ) -> None:
@@ -113,6 +121,7 @@ def eval_(
         stats=stats,
         plot=plot,
         compare_with=compare,
+        keep=keep,
         as_json=as_json,
     )
 

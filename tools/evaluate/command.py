@@ -44,6 +44,7 @@ def evaluate(
     stats: Path | None = None,
     plot: Path | None = None,
     compare_with: Path | None = None,
+    keep: Path | None = None,
     as_json: bool = False,
 ) -> None:
     """See `kvdb eval --help`. None or nothing in a list: its default; budgets: only where no other rule is given."""
@@ -56,7 +57,7 @@ def evaluate(
             raise InvalidInput(
                 f"--codec {plan}: loses nothing, expected one whose loss can be measured; 'kvdb.tools.bench.codecs' has its size"
             )
-    for option, file in (("--stats", stats), ("--plot", plot)):
+    for option, file in (("--stats", stats), ("--plot", plot), ("--keep", keep)):
         if file is not None and not file.parent.is_dir():
             raise InvalidInput(f"{option} {file}: no folder {file.parent}, expected an existing one")
     console = stderr_console()
@@ -66,7 +67,9 @@ def evaluate(
         from kvdb.runtime.selection import Budget, Certified, Mass, Threshold
         from kvdb.tools.bench.command import show_compared
         from kvdb.tools.bench.compare import compare
+        from kvdb.tools.bench.machine import code_digest
         from kvdb.tools.bench.setup import machine
+        from kvdb.tools.evaluate.journal import Journal
         from kvdb.tools.evaluate.judge import Trial, judge
         from kvdb.tools.evaluate.oracle import JUDGED
         from kvdb.tools.evaluate.plot import svg
@@ -97,8 +100,9 @@ def evaluate(
     )
     loaded = load(model, console, threads)
     trial.check(loaded.model)
+    journal = None if keep is None else Journal(keep, {**trial.described(loaded.name), "code": code_digest()})
     with steps_bar(console, total=trial.steps) as progress:
-        report = judge(loaded, trial, progress)
+        report = judge(loaded, trial, progress, journal)
     result: dict[str, Any] = {"machine": machine(), **msgspec.to_builtins(report)}
     if stats is not None:
         stats.write_text(json.dumps(result, indent=1) + "\n")

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
 
 from kvdb.codecs import RAW, CodecPlan
 from kvdb.errors import InvalidInput
@@ -18,6 +22,7 @@ from kvdb.runtime.identity import dtype_name, text_config
 from kvdb.runtime.selection import DENSE_BELOW, Selector, StopRule
 from kvdb.tools.evaluate.forward import Cost, Outcome, Selecting, forward
 from kvdb.tools.evaluate.greedy import Feed, agreeing, greedy
+from kvdb.tools.evaluate.journal import Journal, Judged
 from kvdb.tools.evaluate.measure import distance
 from kvdb.tools.evaluate.needles import ANSWER_TOKENS, DEPTHS, Needle, needle
 from kvdb.tools.evaluate.past import Past
@@ -101,33 +106,39 @@ class Trial:
         """How often `judge` reports progress."""
         return len(self.tokens) * (len(self.texts) + self.needles * len(DEPTHS)) * (1 + len(self.configurations))
 
+    def described(self, model: str) -> dict[str, Any]:
+        """What the figures of a text depend on beside the text, JSON-safe."""
+        return {
+            "model": model, "positions": self.positions, "chunk_tokens": self.chunk_tokens,
+            "codecs": {label: str(codec) for label, codec in self.codecs.items()},
+            "selectors": {label: repr(selector) for label, selector in self.selectors.items()},
+            "rules": [rule.fidelity for rule in self.rules],
+        }  # fmt: skip
+
 
 Progress = Callable[[str], None]
-_Place = tuple[int, Configuration]
 
 
-@dataclass(slots=True)
-class _Found:
-    texts: list[Quality] = field(default_factory=list)
-    needles: list[Answered] = field(default_factory=list)
-
-
-def judge(loaded: LoadedModel, trial: Trial, progress: Progress) -> Report:
+def judge(loaded: LoadedModel, trial: Trial, progress: Progress, journal: Journal | None = None) -> Report:
     """Deterministic: the same trial, model and packages give the same report, up to float rounding of the machine.
 
     progress  called with a line of text before each step
+    journal   what it has is not judged again, and what is judged is added to it
     raises    InvalidInput for texts that are too short; Unsupported for models
     """
     trial.check(loaded.model)
-    found = {place: _Found() for place in product(trial.tokens, trial.configurations)}
+    found: dict[int, list[Judged]] = {tokens: [] for tokens in trial.tokens}
     for tokens in trial.tokens:
-        for name in trial.texts:
-            _judge_text(loaded, trial, tokens, name, found, progress)
-        for seed in range(trial.seed, trial.seed + trial.needles):
-            for depth in DEPTHS:
-                name = trial.texts[seed % len(trial.texts)]
-                asked = needle(loaded.tokenizer, name, tokens, depth, seed=seed)
-                _judge_needle(loaded, trial, tokens, asked, found, progress)
+        for of, run in _tasks(loaded, trial, tokens, progress):
+            judged = None if journal is None else journal.get(of)
+            if judged is None:
+                judged = run(of)
+                if journal is not None:
+                    journal.add(judged)
+            else:
+                for _ in range(1 + len(trial.configurations)):
+                    progress("judged before")
+            found[tokens].append(judged)
     return Report(
         model=loaded.name,
         seed=trial.seed,
@@ -141,12 +152,33 @@ def judge(loaded: LoadedModel, trial: Trial, progress: Progress) -> Report:
                 codec=of.codec,
                 selector=of.selector,
                 rule=of.rule.fidelity,
-                texts=each.texts,
-                needles=each.needles,
+                texts=[judged.texts[str(of)] for judged in found[tokens] if str(of) in judged.texts],
+                needles=[judged.needles[str(of)] for judged in found[tokens] if str(of) in judged.needles],
             )
-            for (tokens, of), each in found.items()
+            for tokens, of in product(trial.tokens, trial.configurations)
         ],
     )
+
+
+def _tasks(
+    loaded: LoadedModel, trial: Trial, tokens: int, progress: Progress
+) -> Iterator[tuple[str, Callable[[str], Judged]]]:
+    """Texts, then needles, of one length: what each is, and its judge."""
+    for name in trial.texts:
+        ids = text_ids(loaded.tokenizer, name, tokens + 1, seed=trial.seed)
+        yield (
+            f"{name}, {tokens} tokens, {_digest(ids)}",
+            partial(_judge_text, loaded, trial, tokens, name, ids, progress),
+        )
+    for seed in range(trial.seed, trial.seed + trial.needles):
+        for depth in DEPTHS:
+            asked = needle(loaded.tokenizer, trial.texts[seed % len(trial.texts)], tokens, depth, seed=seed)
+            of = f"needle at {depth} of {asked.text}, {tokens} tokens, {_digest(asked.ids)}"
+            yield of, partial(_judge_needle, loaded, trial, tokens, asked, progress)
+
+
+def _digest(ids: list[int]) -> str:
+    return xxhash.xxh3_128_hexdigest(np.asarray(ids, np.int64).tobytes())
 
 
 def _configured(trial: Trial, past: Past) -> Iterator[tuple[Configuration, Past, Selecting]]:
@@ -160,11 +192,10 @@ def _configured(trial: Trial, past: Past) -> Iterator[tuple[Configuration, Past,
 
 
 def _judge_text(
-    loaded: LoadedModel, trial: Trial, tokens: int, name: str, found: dict[_Place, _Found], progress: Progress
-) -> None:
-    model, where = loaded.model, f"{name}, {tokens:,} tokens"
+    loaded: LoadedModel, trial: Trial, tokens: int, name: str, ids: list[int], progress: Progress, of: str
+) -> Judged:
+    model, where, texts = loaded.model, f"{name}, {tokens:,} tokens", dict[str, Quality]()
     progress(f"{where}: dense")
-    ids = text_ids(loaded.tokenizer, name, tokens + 1, seed=trial.seed)
     start = tokens - trial.positions
     past, fed, targets = Past.of(model, ids[:start], trial.chunk_tokens), ids[start:-1], ids[start + 1 :]
     dense = forward(model, past, fed, None).logits
@@ -174,7 +205,7 @@ def _judge_text(
         outcome = forward(model, stored, fed, selecting)
         along = forward(model, stored, [ids[start], *said[:-1]], selecting).logits
         away = distance(dense, outcome.logits, targets)
-        quality = Quality(
+        texts[str(configuration)] = Quality(
             text=name,
             kl=away.kl,
             top1=away.top1,
@@ -185,7 +216,7 @@ def _judge_text(
             abstract_bytes_resident=sum(tensor.nbytes for parts in selecting.resident.values() for tensor in parts),
             **_costs(stored, outcome, len(fed)),
         )
-        found[tokens, configuration].texts.append(quality)
+    return Judged(of=of, texts=texts)
 
 
 def _costs(past: Past, outcome: Outcome, positions: int) -> dict[str, Any]:
@@ -210,9 +241,8 @@ def _costs(past: Past, outcome: Outcome, positions: int) -> dict[str, Any]:
     }
 
 
-def _judge_needle(
-    loaded: LoadedModel, trial: Trial, tokens: int, asked: Needle, found: dict[_Place, _Found], progress: Progress
-) -> None:
+def _judge_needle(loaded: LoadedModel, trial: Trial, tokens: int, asked: Needle, progress: Progress, of: str) -> Judged:
+    needles = dict[str, Answered]()
     model, where = loaded.model, f"needle at {asked.depth:.0%} of {asked.text}, {tokens:,} tokens"
     progress(f"{where}: dense")
     past, last = Past.of(model, asked.ids[:-1], trial.chunk_tokens), asked.ids[-1]
@@ -220,13 +250,13 @@ def _judge_needle(
     if asked.key not in str(loaded.tokenizer.decode(said)):
         for _ in trial.configurations:
             progress(f"{where}: dense attention does not find it")
-        return
+        return Judged(of=of)
     for configuration, stored, selecting in _configured(trial, past):
         progress(f"{where}: {configuration}")
         answer = greedy(_feed(model, stored, selecting), last, ANSWER_TOKENS, said)
         text = str(loaded.tokenizer.decode(answer))
-        answered = Answered(text=asked.text, depth=asked.depth, answer=text, found=asked.key in text)
-        found[tokens, configuration].needles.append(answered)
+        needles[str(configuration)] = Answered(text=asked.text, depth=asked.depth, answer=text, found=asked.key in text)
+    return Judged(of=of, needles=needles)
 
 
 def _feed(model: Any, past: Past, selecting: Selecting) -> Feed:
