@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -113,15 +115,87 @@ def test_an_interrupt_waits_for_whoever_is_at_work() -> None:
     assert len(left) == 1
 
 
+def test_no_interrupt_leaves_anybody_at_work_or_the_threads_unusable() -> None:
+    """Hundreds of them, at any step."""
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    interrupts, late = map(int, ended.stdout.split())
+    assert interrupts > 100
+    assert late == 0
+
+
+INTERRUPTED = """
+import faulthandler, random, signal, time, torch
+from kvdb.runtime.heads import over_heads
+
+faulthandler.dump_traceback_later(60, exit=True)
+torch.set_num_threads(3)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+random.seed(0)
+left, late, interrupts, end = [False], [], 0, time.monotonic() + 4
+
+def run(h):
+    time.sleep(0.0001)
+    if left[0]:
+        late.append(h)
+
+def work():
+    while True:
+        over_heads(8, 8 << 20, run)
+
+while time.monotonic() < end:
+    left[0] = False
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(5e-4, 4e-3))
+        work()
+    except KeyboardInterrupt:
+        left[0] = True
+    interrupts += 1
+    time.sleep(0.002)
+left[0] = False
+over_heads(8, 8 << 20, run)
+print(interrupts, len(late))
+"""
+
+
+@pytest.mark.usefixtures("threads")
+def test_where_no_thread_can_be_had_who_has_the_work_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(module, "_HELPERS", module._Helpers())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    seen: list[int] = []
+    over_heads(16, MUCH, lambda h: seen.extend(range(h.start, h.stop)))
+    assert seen == list(range(16))
+
+
+def test_a_thread_that_outlives_the_main_one_goes_on() -> None:
+    script = """
+import threading, time, torch
+from kvdb.runtime.heads import over_heads
+torch.set_num_threads(2)
+def work():
+    for i in range(5):
+        over_heads(4, 8 << 20, lambda h: time.sleep(0.02))
+    print("done")
+threading.Thread(target=work).start()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.stdout, ended.stderr) == ("done\n", "")
+
+
 @pytest.mark.usefixtures("threads")
 def test_a_child_of_a_fork_has_threads_of_its_own() -> None:
     over_heads(16, MUCH, lambda h: None)
-    assert module._POOL._executor is not None
+    assert len(module._HELPERS.threads) >= 3
     child = os.fork()
     if child == 0:
         seen: list[int] = []
         over_heads(16, MUCH, lambda h: seen.extend(range(h.start, h.stop)))
-        os._exit(0 if sorted(seen) == list(range(16)) and module._POOL._executor is not None else 1)
+        os._exit(0 if sorted(seen) == list(range(16)) and len(module._HELPERS.threads) == 3 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
