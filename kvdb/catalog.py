@@ -31,6 +31,7 @@ class Catalog:
     durable  whether a commit reaches the disk before it returns
     names    folder of the manifests that follow named sequences; None: there is none
     lock     False only to look at a store that nobody writes to and that must not be touched
+    unlisted  read without a place in LMDB's table of readers, and keep writers waiting for each transaction
     """
 
     def __init__(
@@ -42,18 +43,22 @@ class Catalog:
         durable: bool = True,
         names: Path | None = None,
         lock: bool = True,
+        unlisted: bool = False,
         lock_timeout_s: float = 30.0,
     ) -> None:
         self.path, self.readonly, self._durable, self._names = path, readonly, durable, names
         if not create and not (path / DATA).exists():
             raise Damaged(f"{path}: no {DATA}, expected the store's catalog; run 'kvdb repair --rebuild'")
-        self._locking, self._lock_timeout_s = lock, lock_timeout_s
+        self._locking, self._unlisted, self._lock_timeout_s = lock, unlisted, lock_timeout_s
         self._lock = WriteLock(path / LOCK, timeout_s=lock_timeout_s)
         if not (readonly or durable or (path / RELAXED).exists()):
             with contextlib.suppress(FileExistsError):
                 files.write_new(path / RELAXED, b"")
             files.fsync_dir(path)
-        self._env: Environment | None = environment(path, readonly=readonly, durable=durable, lock=lock)
+        with self._undisturbed():
+            self._env: Environment | None = environment(
+                path, readonly=readonly, durable=durable, lock=lock and not unlisted
+            )
 
     @property
     def closed(self) -> bool:
@@ -87,6 +92,22 @@ class Catalog:
                 files.close(fd)
 
     @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """For who is in no table of readers: no writer commits during the block.
+
+        raises  StoreLocked
+        """
+        lock = self.path / LOCK
+        if not self._unlisted or not lock.exists():
+            yield
+            return
+        fd = files.lock(lock, timeout_s=self._lock_timeout_s, create=False, shared=True)
+        try:
+            yield
+        finally:
+            files.close(fd)
+
+    @contextlib.contextmanager
     def begin(self, *, write: bool = False) -> Iterator[Transaction]:
         """A transaction: committed when the block ends well, else aborted. On disk when this returns, unless the catalog is
         relaxed; where files go afterwards it is on disk even then: entries that come back must find them.
@@ -95,7 +116,7 @@ class Catalog:
         """
         env = self._environment()
         if not write:
-            with env.transaction(write=False) as raw:
+            with self._undisturbed(), env.transaction(write=False) as raw:
                 yield Transaction(env, raw)
             return
         with self._lock.held(), contextlib.ExitStack() as after:
@@ -110,7 +131,8 @@ class Catalog:
 
     def check_structure(self) -> None:
         """Raises Damaged when LMDB's own pages are not what it expects them to be: as of opening, this is checked again."""
-        self._environment().check_structure()
+        with self._undisturbed():
+            self._environment().check_structure()
 
     def sync(self) -> None:
         """Force to disk what was committed without."""

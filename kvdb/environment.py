@@ -135,7 +135,7 @@ def _said(path: Path, error: lmdb.Error, expected: str) -> str:
 
 def may_lock(path: Path) -> bool:
     """Whether this process may write to the table of readers of a catalog's folder. Where it may not, it can read without a place in the
-    table: if another one writes meanwhile, pages may change under it, and entries that do not verify tell."""
+    table, while nobody writes: a writer uses pages anew that no reader in the table needs, and LMDB ends a process that follows them."""
     table = path / LOCK_TABLE
     return os.access(table if table.exists() else path, os.W_OK)
 

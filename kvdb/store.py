@@ -94,7 +94,8 @@ class KVDB:
                 readonly=self.readonly,
                 durable=self.durable,
                 names=path / manifests.NAMES,
-                lock=options.lock and (not self.readonly or may_lock(path / "catalog")),
+                lock=options.lock,
+                unlisted=self.readonly and options.lock and not may_lock(path / "catalog"),
                 lock_timeout_s=options.lock_timeout_s,
             )
             self.space = Space(
