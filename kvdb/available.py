@@ -14,7 +14,7 @@ _GROUPS: Final = Path("/sys/fs/cgroup")
 
 
 def available_bytes(meminfo: Path = _MEMINFO, membership: Path = _MEMBERSHIP, groups: Path = _GROUPS) -> int:
-    """Bytes that can be had without pushing others out: MemAvailable, or less where a group of version 2 that this process is in, or one
+    """Bytes that can be had without pushing others out, cached files aside: MemAvailable, or less where a group of version 2 that this process is in, or one
     around it, has a limit, or where its address space has one (ulimit -v). Half of the memory where the system tells nothing."""
     found = [*_in_groups(membership, groups), *_in_address_space()]
     told = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(meminfo), re.MULTILINE)
@@ -50,9 +50,9 @@ def _in_groups(membership: Path, groups: Path) -> list[int]:
     found = []
     for place in _around(membership, groups):
         limit, used = _text(place / "memory.max").strip(), _text(place / "memory.current").strip()
-        cached = re.search(r"^inactive_file (\d+)$", _text(place / "memory.stat"), re.MULTILINE)
+        cached = re.findall(r"^(?:in)?active_file (\d+)$", _text(place / "memory.stat"), re.MULTILINE)
         if limit.isdigit() and used.isdigit():  # "max" is no limit
-            found.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
+            found.append(int(limit) - int(used) + sum(map(int, cached)))
     return found
 
 

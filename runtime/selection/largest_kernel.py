@@ -16,7 +16,7 @@ import numpy as np
 from kvdb.compiled import compiled
 
 _SIGNATURE: Final = "void(Array(uint32, 2, 'A', True), int64, int64[:, ::1])"
-_TOP, _REST = np.uint32(0x80000000), np.uint32(0xFFFFFFFF)
+_TOP, _REST, _INFINITE = np.uint32(0x80000000), np.uint32(0xFFFFFFFF), np.uint32(0x7F800000)
 
 
 @cache
@@ -32,7 +32,12 @@ def _largest(bits: Any, k: int, out: Any) -> None:
     for row in range(rows):
         for i in range(n):
             key = bits[row, i]
-            keys[i] = key ^ (_REST if key & _TOP else _TOP)
+            if key & ~_TOP > _INFINITE:  # no number, of either sign
+                keys[i] = _REST
+            elif key == _TOP:  # -0.0 is 0.0
+                keys[i] = _TOP
+            else:
+                keys[i] = key ^ (_REST if key & _TOP else _TOP)
         inside[:] = keys
         found, wanted, least = n, k, np.uint32(0)
         for shift, places in ((21, 2048), (10, 2048), (0, 1024)):

@@ -138,10 +138,12 @@ def test_the_largest_of_each_row_are_found(rows: int, n: int, data: st.DataObjec
 @pytest.mark.parametrize("n", [100, 5000])
 def test_what_is_no_number_is_larger_than_any(n: int) -> None:
     values = torch.linspace(-1, 1, n)[None].clone()
-    values[0, [3, 7]] = math.nan
+    values[0, [3, 7]] = torch.tensor([math.nan, -math.nan])
     values[0, 5] = math.inf
     assert set(largest(values, 4)[0].tolist()) == {3, 5, 7, n - 1}
     assert largest(-values.nan_to_num(), n)[0].tolist() == list(range(n))
+    if n > 1024:  # of equal ones the first, whatever their sign
+        assert largest(torch.tensor([[-0.0, 0.0] * n]), 3)[0].tolist() == [0, 1, 2]
 
 
 def record_lse(logits: torch.Tensor) -> torch.Tensor:
