@@ -626,7 +626,7 @@ def test_memory_is_available_up_to_the_least_limit(tmp_path: Path) -> None:
     (groups / "a" / "memory.max").write_text("70000\n")
     (groups / "a" / "memory.current").write_text("60000\n")
     assert available_bytes(meminfo, membership, groups) == 10_000
-    (groups / "a" / "memory.stat").write_text("anon 1\ninactive_file 4000\n")
+    (groups / "a" / "memory.stat").write_text("anon 1\ninactive_file 3000\nactive_file 1000\nactive_anon 7\n")
     assert available_bytes(meminfo, membership, groups) == 14_000
     (groups / "a" / "memory.current").write_text("80000\n")
     assert available_bytes(meminfo, membership, groups) == 0
