@@ -138,11 +138,10 @@ def _of_fsync(cost: FsyncCost) -> Iterator[Finding]:
 def _of_reading(reading: Reading, machine: Machine) -> Iterator[Finding]:
     if not reading.shared:
         yield Finding(
-            level="unsafe",
+            level="slow",
             about="readers",
-            what="KVDB.open fails even with mode 'r', as readers put themselves down in the store; it can be looked into without locks, "
-            "which is only safe while nobody writes",
-            do="KVDB.open_untrusted while nobody writes, or let this user write to the folder",
+            what="this user may not write to LMDB's table of readers: writers wait while one of its readers looks into the catalog",
+            do="let this user write to STORE/catalog and the files in it",
         )
     if reading.stored_bytes > machine.available_bytes:
         yield Finding(

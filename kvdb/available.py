@@ -32,11 +32,9 @@ def group_limit_bytes(membership: Path = _MEMBERSHIP, groups: Path = _GROUPS) ->
 
 
 def first_version_limit_bytes(membership: Path = _MEMBERSHIP, groups: Path = _GROUPS) -> int | None:
-    """The same of a group of version 1, which `available_bytes` does not heed; None also for more than the machine has."""
-    told = re.search(r"^\d+:memory:/(.*)$", _text(membership), re.MULTILINE)
-    places = (
-        (groups / "memory" / told[1], groups / "memory") if told else ()
-    )  # a container sees its own group as the root
+    """The same of groups of version 1, which `available_bytes` does not heed; None also for more than the machine has."""
+    told = re.search(r"^\d+:(?:[^:]*,)?memory(?:,[^:]*)?:(/.*)$", _text(membership), re.MULTILINE)
+    places = _upwards(groups / "memory", told[1]) if told else []  # a container sees its own group as the root
     limits = [int(text) for place in places if (text := _text(place / "memory.limit_in_bytes").strip()).isdigit()]
     return min((limit for limit in limits if limit < total_bytes()), default=None)
 
@@ -59,10 +57,13 @@ def _in_groups(membership: Path, groups: Path) -> list[int]:
 def _around(membership: Path, groups: Path) -> list[Path]:
     """The group of version 2 that this process is in, and those around it."""
     told = re.search(r"^0::(/.*)$", _text(membership), re.MULTILINE)
-    if told is None:
-        return []
-    group = groups / told[1].lstrip("/")
-    return [place for place in (group, *group.parents) if place.is_relative_to(groups)]
+    return [] if told is None else _upwards(groups, told[1])
+
+
+def _upwards(root: Path, group: str) -> list[Path]:
+    """A group, and those around it."""
+    place = root / group.lstrip("/")
+    return [each for each in (place, *place.parents) if each.is_relative_to(root)]
 
 
 def _in_address_space() -> list[int]:

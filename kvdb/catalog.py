@@ -64,6 +64,11 @@ class Catalog:
     def closed(self) -> bool:
         return self._env is None
 
+    @property
+    def uses_lock(self) -> bool:
+        """Whether readers put themselves down in LMDB's table, so that writers leave them their pages."""
+        return self._locking and not self._unlisted
+
     def _environment(self) -> Environment:
         if self._env is None:
             raise StoreError(f"{self.path}: the store is closed, expected an open one; open it again")

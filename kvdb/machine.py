@@ -118,9 +118,16 @@ def numba_cache() -> Path | None:
     if own := os.environ.get("NUMBA_CACHE_DIR"):
         candidates = [Path(own)]
     else:
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        candidates = [Path(__file__).resolve().parent / "__pycache__", user / "numba"]
+        candidates = [Path(__file__).resolve().parent / "__pycache__", *_user_cache()]
     return next((folder for folder in candidates if _may_write(folder)), None)
+
+
+def _user_cache() -> list[Path]:
+    """Numba's folder in the user's cache folder; none for a user without a home."""
+    try:
+        return [Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"]
+    except RuntimeError:
+        return []
 
 
 def _io_uring() -> Tried:
@@ -137,7 +144,9 @@ def _in_flight() -> str:
 
 
 def _may_write(folder: Path) -> bool:
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    there = next(
+        place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place)
+    )  # False, too, for what may not be looked at
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 

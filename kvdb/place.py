@@ -21,7 +21,7 @@ from kvdb.machine import Tried
 from kvdb.mounts import mount_of
 
 _TIMES: Final = 20
-_UNTRIED: Final = Tried(None, "there is no file to try it with")
+_UNTRIED: Final = Tried(None, "no file of a sound store to try it with")
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):

@@ -436,7 +436,7 @@ def _fill(
             for sequence in sequences:
                 if _fits(sequence, whole):
                     txn.put_sequence(sequence)
-            ends = {s.spans[-1].segment for s in txn.sequences()}
+            ends = {s.spans[-1].segment for s in txn.sequences() if s.spans}
             children = Counter(each.entry.info.parent for each in whole.values())
             for segment, each in whole.items():
                 if not children[segment] and segment not in ends:

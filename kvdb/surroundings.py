@@ -7,8 +7,7 @@ from pathlib import Path
 import msgspec
 
 from kvdb import folder
-from kvdb.calibration import Way, way_to_read
-from kvdb.errors import Damaged, OutOfMemory, StoreError, StoreLocked, StoreNotFound
+from kvdb.errors import Damaged, OutOfMemory, StoreLocked, StoreNotFound
 from kvdb.machine import Machine, look_at_machine
 from kvdb.place import FsyncCost, Place, fsync_cost, look_at_place
 from kvdb.store import KVDB
@@ -17,7 +16,7 @@ from kvdb.store import KVDB
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """How `read_mode="auto"` decides for a store.
 
-    shared  whether `KVDB.open` opens it with mode "r", among other handles; False: only `KVDB.open_untrusted` does
+    shared  whether a reader puts itself down in LMDB's table of readers, so that writers leave it its pages; False: this user may not
     """
 
     mode: str
@@ -60,9 +59,10 @@ def look_around(store: Path | None = None, *, probe: bool = False) -> Surroundin
     if not store.exists():
         raise StoreNotFound(f"{store}: no such folder, expected a store, or an empty folder for one")
     reading, broken = _reading(store) if there else (None, "")
+    sound = reading is not None  # files of a store that is refused may be anything, pipes too
     return Surroundings(
         machine=look_at_machine(),
-        place=look_at_place(store, store / folder.HEADER if there else None),
+        place=look_at_place(store, store / folder.HEADER if sound else None),
         reading=reading,
         broken=broken,
         fsync=fsync_cost(store) if probe else None,
@@ -72,19 +72,11 @@ def look_around(store: Path | None = None, *, probe: bool = False) -> Surroundin
 def _reading(store: Path) -> tuple[Reading | None, str]:
     """How it is read, or why not. Who may not write to a store cannot hold it open as others do, and looks in without locks."""
     try:
-        db = _opened(store)
+        db = KVDB.open(store, "r")
     except (Damaged, OutOfMemory, StoreLocked) as e:
         return None, str(e)
     with db:
-        info, shared = db.info(), db.options.lock
-    way = Way(info["read_mode"], info["why_read_mode"]) if shared else way_to_read(store / "chunks", info["disk_bytes"])
-    return Reading(mode=way.name, why=way.why, stored_bytes=info["disk_bytes"], shared=shared), ""
-
-
-def _opened(store: Path) -> KVDB:
-    try:
-        return KVDB.open(store, "r")
-    except StoreError as e:
-        if type(e) is not StoreError:  # newer, older, locked: looking in without locks is no remedy
-            raise
-        return KVDB.open_untrusted(store)
+        info, shared = db.info(), db.catalog.uses_lock
+    return Reading(
+        mode=info["read_mode"], why=info["why_read_mode"], stored_bytes=info["disk_bytes"], shared=shared
+    ), ""

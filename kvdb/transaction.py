@@ -612,7 +612,8 @@ class Transaction:
         return [sequence for _, sequence in self.readable("sequences", Sequence, [])]
 
     def _with_use(self, sequence: Sequence) -> Sequence:
-        return entries.with_use(sequence, self.use(sequence.spans[-1].segment))
+        """As it is where it has no segments: such an entry may verify, and is for `check` to tell."""
+        return entries.with_use(sequence, self.use(sequence.spans[-1].segment)) if sequence.spans else sequence
 
     def named(self, name: str) -> Sequence | None:
         key = self._get("names", entries.name_key(name), str)

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +27,7 @@ from kvdb.store import KVDB
 from kvdb.summarise import held_abstracts
 from kvdb.tools.listing import Cell, Column, print_rows
 from kvdb.tools.output import PROBLEM, print_json, print_problems, problems_json, stdout_console, visible, working
-from kvdb.tools.sizes import age_text, bytes_text, count_text, left_text, seconds_text
+from kvdb.tools.sizes import age_text, bytes_text, count_text, left_text, seconds_text, time_text
 
 KEY_SHOWN = 8
 """Characters of a key in a list: commands take any unique beginning of four or more."""
@@ -212,12 +211,11 @@ def show_info(store: Path, *, as_json: bool) -> int:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    created = datetime.fromtimestamp(info["created"]).astimezone()
     for label, value in (
         ("store", visible(info["path"])),
         ("id", info["store"]),
         ("format", str(info["format"])),
-        ("created", f"{created:%Y-%m-%d %H:%M:%S} ({age_text(time.time() - info['created'])})"),
+        ("created", f"{time_text(info['created'])} ({age_text(time.time() - info['created'])})"),
         ("sequences", f"{info['sequences']:,}, of which {info['named']:,} named and {info['pinned']:,} pinned"),
         ("segments", f"{info['segments']:,}"),
         ("tokens", f"{info['tokens']:,}"),

@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 a problem was found, 2 usage or bad input, 130 interrupted
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,17 @@ def stderr_console() -> Console:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    """JSON has no NaN and no infinity: such a number is null."""
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def finite(value: Any) -> Any:
+    """A tree of JSON values with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def visible(text: str) -> str:

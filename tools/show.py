@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from kvdb.tools.output import (
     visible,
     working,
 )
-from kvdb.tools.sizes import age_text, bytes_text, count_text, share_text
+from kvdb.tools.sizes import age_text, bytes_text, count_text, share_text, time_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +154,7 @@ def _kv_text(facts: Facts) -> str:
 
 
 def _when(snap: Snapshot, at: float) -> str:
-    return f"{datetime.fromtimestamp(at).astimezone():%Y-%m-%d %H:%M:%S} ({age_text(snap.now - at)})"
+    return f"{time_text(at)} ({age_text(snap.now - at)})"
 
 
 def _kept(sequence: Sequence, now: float) -> str:

@@ -1,8 +1,10 @@
-"""Numbers as people read and write them: bytes, counts, seconds, ages, shares."""
+"""Numbers as people read and write them: bytes, counts, seconds, times of day, ages, shares."""
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from typing import Final
 
 from kvdb.errors import InvalidInput
@@ -52,8 +54,21 @@ def seconds_text(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
+def time_text(at: float, layout: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """2026-01-31 23:59:59, local time. A store may hold any number: what no calendar has reads as an unknown time.
+
+    at  seconds since 1970
+    """
+    try:
+        return time.strftime(layout, time.localtime(at))
+    except (OverflowError, ValueError, OSError):
+        return "unknown time"
+
+
 def age_text(seconds: float) -> str:
-    """just now, 5 min ago, 3 h ago, 12 days ago. A clock that went backwards reads as just now."""
+    """just now, 5 min ago, 3 h ago, 12 days ago, unknown. A clock that went backwards reads as just now."""
+    if not math.isfinite(seconds):
+        return "unknown"
     if seconds < 60:
         return "just now"
     if seconds < 3600:
@@ -64,7 +79,9 @@ def age_text(seconds: float) -> str:
 
 
 def left_text(seconds: float) -> str:
-    """expired, in 40 s, in 5 min, in 3 h, in 12 days."""
+    """expired, in 40 s, in 5 min, in 3 h, in 12 days, unknown."""
+    if not math.isfinite(seconds):
+        return "unknown"
     if seconds <= 0:
         return "expired"
     if seconds < 60:

@@ -5,6 +5,7 @@ For the same text under two codecs, dtypes, versions of a model or ways to compu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -31,6 +32,8 @@ CHUNK: Final = 16
 class Error(NamedTuple):
     """relative  root mean square of the difference / that of the first sequence's numbers; inf where those are all 0
     most         greatest magnitude of a difference
+
+    Either is NaN where what is stored is not finite.
     """
 
     relative: float
@@ -57,7 +60,7 @@ class Distance(msgspec.Struct, frozen=True, kw_only=True):
     """common  leading tokens that are equal; `shared` of them lie in the same segments and are not compared
     fields    of the identity that differ
     layers    ascending; empty where no token is common, or none is left to compare
-    worst     chunks with the greatest relative error of keys or values, the worst first
+    worst     chunks with the greatest relative error of keys or values, the worst first: NaN, then by size
     wrong     what could not be read, and is left out
     """
 
@@ -106,7 +109,7 @@ def distance(
                 done += 2 * (stop - start) * _layer_bytes(geometry, layer)
                 progress(done, total)
             found.append(sums.layer_distance())
-            chunks = sorted([*chunks, *sums.chunks], key=lambda c: -max(c.keys, c.values))[:worst]
+            chunks = sorted([*chunks, *sums.chunks], key=_worst_first)[:worst]
     finally:
         for reader in readers:
             reader.close()
@@ -119,6 +122,12 @@ def distance(
         worst=chunks,
         wrong=wrong,
     )
+
+
+def _worst_first(chunk: ChunkDistance) -> tuple[bool, float, int, int]:
+    """A key to sort by. NaN compares with nothing, so it has a place of its own; of equal errors, the first place is first."""
+    known = not (math.isnan(chunk.keys) or math.isnan(chunk.values))
+    return known, -max(chunk.keys, chunk.values) if known else 0.0, chunk.layer, chunk.start
 
 
 def _layer_bytes(geometry: Geometry, layer: int) -> int:
@@ -136,7 +145,8 @@ class _Sums:
 
     def add(self, start: int, a: Array, b: Array) -> None:
         """a, b (2, kv_heads, tokens, head_dim) float32: keys, then values"""
-        apart = np.subtract(a, b, dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # inf - inf
+            apart = np.subtract(a, b, dtype=np.float64)
         by_token = np.square(apart).sum(axis=(1, 3))  # [2, tokens]
         own = np.square(a, dtype=np.float64).sum(axis=(1, 3))
         self._apart += by_token.sum(axis=1)

@@ -62,10 +62,12 @@ class KeyMaps(msgspec.Struct, frozen=True, kw_only=True):
 def key_maps(db: KVDB, sequence: Sequence, columns: int = COLUMNS) -> KeyMaps:
     """Both maps of a sequence.
 
-    raises  Damaged when a segment is not in the catalog
+    raises  Damaged when a segment is not in the catalog, or there is none
     cost    reads the stored boxes of all its records, and at most `columns` chunks of KV of each layer
     """
     segments = db.segments(sequence.spans)
+    if not segments:
+        raise Damaged(f"sequence {sequence.key}: no segments, expected at least one; run 'kvdb verify'")
     layers = tuple(sorted({layer for segment in segments for layer in segment.info.geometry.layers}))
     made = _Maps(layers, _bounds(sequence, segments, columns))
     reader = db.reader()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvdb.entries import Span
-from kvdb.errors import InvalidInput
+from kvdb.errors import Damaged, InvalidInput
 from kvdb.geometry import as_float32, div_ceil
 from kvdb.reader import Reader
 from kvdb.segments import Segment
@@ -24,7 +24,12 @@ class Held(NamedTuple):
 
 
 def held(spans: tuple[Span, ...], segments: list[Segment]) -> list[Held]:
-    """Of each segment behind spans, in order."""
+    """Of each segment behind spans, in order.
+
+    raises  Damaged where there are none
+    """
+    if not spans:
+        raise Damaged("sequence: no segments, expected at least one; run 'kvdb verify'")
     found, position = [], 0
     for span, segment in zip(spans, segments, strict=True):
         found.append(Held(segment, position, position + span.stop - span.start))

@@ -1,9 +1,10 @@
-"""Which sequences two stores have in common. Compared is what the catalogs say: token ids, identity, fidelity and codecs; no KV is read."""
+"""Where a store is, and which sequences two stores have in common. Compared is what the catalogs say: token ids, identity, fidelity and codecs; no KV is read."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -11,12 +12,18 @@ import xxhash
 
 from kvdb.entries import Sequence
 from kvdb.errors import Damaged
+from kvdb.folder import HEADER
 from kvdb.inspection.describe import listed
 from kvdb.inspection.snapshot import Snapshot
 from kvdb.prefix import common_prefix
 
 if TYPE_CHECKING:
     from kvdb.store import KVDB
+
+
+def store_around(path: Path) -> Path | None:
+    """The folder of the store that a path without symbolic links, which need not be there, lies in; None: in no store."""
+    return next((folder for folder in path.parents if (folder / HEADER).exists()), None)
 
 
 class Side(NamedTuple):

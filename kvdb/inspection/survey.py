@@ -48,7 +48,7 @@ class SurveyedSegment(msgspec.Struct, frozen=True, kw_only=True):
 class SurveyedSequence(msgspec.Struct, frozen=True, kw_only=True):
     """A sequence, and what it holds on to.
 
-    last       the segment it ends in
+    last       the segment it ends in; None where it has none, which is damage
     kv_bytes   uncoded KV, what it shares included; None where segments are gone
     own_bytes  files of segments that no other sequence passes through
     damaged    whether anything it passes through is
@@ -59,7 +59,7 @@ class SurveyedSequence(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     fidelity: str
     tokens: int
-    last: str
+    last: str | None
     segments: int
     kv_bytes: int | None
     own_bytes: int
@@ -193,10 +193,10 @@ def _sequence(snap: Snapshot, sequence: Sequence, wrong: dict[str, str]) -> Surv
         model=sequence.model,
         fidelity=sequence.fidelity,
         tokens=sequence.tokens,
-        last=here[-1],
+        last=here[-1] if here else None,
         segments=len(here),
         kv_bytes=None
-        if entries is None
+        if not entries
         else sum(
             (s.stop - s.start) * e.info.geometry.token_bytes for s, e in zip(sequence.spans, entries, strict=True)
         ),
@@ -206,5 +206,5 @@ def _sequence(snap: Snapshot, sequence: Sequence, wrong: dict[str, str]) -> Surv
         hits=sequence.hits,
         expires=sequence.expires,
         pinned=sequence.pinned,
-        damaged=entries is None or any(segment in wrong for segment in here),
+        damaged=not entries or any(segment in wrong for segment in here),
     )

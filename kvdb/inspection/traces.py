@@ -19,9 +19,11 @@ from kvdb.inspection.maps import Grid
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-MOST_BYTES: Final = 512 << 20
+MOST_BYTES: Final = 256 << 20
 """Larger files are refused: a million spans are 150 MB."""
 MOST_SPANS: Final = 1_000_000
+MOST_OBJECTS: Final = 3 * MOST_SPANS
+"""JSON objects in a file; a span is two. They are counted before any is decoded: the smallest take twenty times their bytes in memory."""
 STEP: Final = "step"
 READING: Final = ("restore", "abstracts", "read")
 WRITING: Final = ("write", "commit")
@@ -149,6 +151,10 @@ def load(path: Path) -> Spans:
     if len(data) > MOST_BYTES:
         raise InvalidInput(
             f"{path}: more than {MOST_BYTES >> 20} MiB, expected a trace of at most {MOST_SPANS:,} spans"
+        )
+    if (objects := data.count(b"{")) > MOST_OBJECTS:
+        raise InvalidInput(
+            f"{path}: {objects:,} objects, expected at most {MOST_OBJECTS:,}; a trace has at most {MOST_SPANS:,} spans"
         )
     try:
         document = msgspec.json.decode(data, type=_Document)

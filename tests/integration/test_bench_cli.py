@@ -124,6 +124,20 @@ def test_results_are_compared_without_running_anything(tmp_path: Path, monkeypat
     assert "measured on different machines (cpu: a slow one -> " in here(*options, "--compare", old)[1]
 
 
+def test_a_result_is_compared_with_the_new_one_of_its_benchmark_whatever_its_file_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = kept(tmp_path / "results", "before", result(2.0)), kept(tmp_path / "results", "commit", result(1.0))
+    code, out, err = here("bench", "--no-run", "-o", new.parent, "--compare", old, "--json")
+    assert code == 0, err
+    (compared,) = json.loads(out)["compared"]
+    assert {figure["ratio"] for figure in compared["figures"] if figure["name"] == "ms"} == {0.5}
+    monkeypatch.setattr(series, "_run", lambda *_: pytest.fail("something was run"))
+    code, out, err = here("bench", "append", "-o", new.parent, "--compare", old)
+    assert (code, out) == (2, "")
+    assert "before.json: of benchmark 'commit', expected one of append" in err
+
+
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
 def test_bad_input_exits_with_2(tmp_path: Path, as_json: bool) -> None:
     file = kept(tmp_path, "commit", result(1))
@@ -139,7 +153,7 @@ def test_bad_input_exits_with_2(tmp_path: Path, as_json: bool) -> None:
         (["bench", "--no-run", "--compare", file, "-o", tmp_path], "it would be compared with itself"),
         (
             ["bench", "--no-run", "--compare", file, "-o", tmp_path / "empty"],
-            "none of its results has one of its name in",
+            "none of its results has one of its benchmark in",
         ),
         (["eval", "--compare", file], "of benchmark 'commit', expected what 'kvdb eval --stats' wrote"),
         (["eval", "--compare", tmp_path / "none.json"], "No such file or directory, expected a result"),

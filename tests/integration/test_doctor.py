@@ -114,7 +114,7 @@ def test_an_empty_folder_is_looked_at_before_a_store_is_made(tmp_path: Path) -> 
     code, out, _ = here("doctor", tmp_path)
     assert code == 0
     assert "none here yet" in out
-    assert "not tried: there is no file to try it with" in out
+    assert "not tried: no file of a sound store to try it with" in out
     assert list(tmp_path.iterdir()) == []
 
 

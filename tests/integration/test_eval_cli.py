@@ -6,6 +6,7 @@ loses nothing; boxes do not beat the oracle; who estimates what it does not read
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,26 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 # -- the command
+
+
+def test_stats_come_last_and_whole(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that where they are, an evaluation is finished: `kvdb bench` does not run it again."""
+    own, stats = tmp_path / "own.txt", tmp_path / "eval.json"
+    own.write_text("".join(f"Line {i}: {i * i} lazy dogs.\n" for i in range(100)))
+    job = ("--model", tiny, "--tokens", TOKENS, "--positions", 2, "--text", own, "--selector", "box", "--needles", 0)
+    (tmp_path / "folder").mkdir()
+    assert run(*job, "--stats", stats, "--plot", tmp_path / "folder")[0] != 0
+    assert not stats.exists()
+    stats.write_text("older")
+    real = Path.write_text
+
+    def torn(path: Path, text: str) -> int:
+        real(path, text[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    assert run(*job, "--stats", stats)[0] != 0
+    assert stats.read_text() == "older"
 
 
 def test_every_selector_is_judged_under_every_rule_and_the_figures_come_again(tiny: Path, tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helpers
 import msgspec
 import numpy as np
 import pytest
-from helpers import SMALL, assert_healthy, extend, flip, identity, opened, token_list, tree_bytes
+from helpers import SMALL, TWO_GROUPS, assert_healthy, extend, flip, identity, opened, token_list, tree_bytes
 from tiny_models import save_tiny_llama
 from typer.testing import CliRunner
 
@@ -461,3 +462,34 @@ def test_looking_waits_for_no_torch(store: Path) -> None:
     )
     for command, rest in LOOKS.items():
         assert subprocess.run([sys.executable, "-c", code, command, store, *map(str, rest)], check=False, stdout=subprocess.DEVNULL).returncode == 0  # fmt: skip
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON has no NaN; most parsers refuse it."""
+    right = helpers.model_kv
+
+    def overflowed(geometry: Any, *given: Any, salt: str = "") -> Any:
+        found = right(geometry, *given, salt=salt)
+        if salt == "other":
+            found[0][0][:, 20], found[0][1][:, 40] = np.nan, np.inf
+        return found
+
+    monkeypatch.setattr(helpers, "model_kv", overflowed)
+    store = tmp_path / "a.kvdb"
+    with opened(store) as db:
+        extend(db, token_list(64), name="one", geometry=TWO_GROUPS)
+        extend(
+            db, token_list(64), name="two", geometry=TWO_GROUPS, fidelity="other", ident=identity("w1"), abstracts=()
+        )
+    for command in (
+        ["show", store, "two", "--layer", 0, "--chunk", 1],
+        ["show", store, "two", "--layer", 0, "--chunk", 2],
+        ["diff", store, "one", "two"],
+    ):
+        code, out, err = here(*command, "--json")
+        assert (code, err) == (0, ""), out
+        assert "null" in out.replace('"wrong": null', "")
+        json.loads(out, parse_constant=pytest.fail)
+        assert here(*command)[::2] == (0, "")
+    found = said("diff", store, "one", "two")
+    assert [(c["layer"], c["start"], c["keys"]) for c in found["worst"][:1]] == [(0, 16, None)]

@@ -16,6 +16,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from helpers import extend, opened, python, token_list, tree_bytes
 from shown import NASTY, here, unchanged
@@ -133,6 +134,10 @@ def bad_input(tmp_path: Path, shown_store: Path, shown_trace: Path) -> dict[str,
     KVDB.open(tmp_path / "newer.kvdb").close()
     header = tmp_path / "newer.kvdb" / "kvdb.json"
     header.write_text(json.dumps({**json.loads(header.read_text()), "format": 99}))
+    (notes / "link").symlink_to(header)
+    os.link(header, notes / "second")
+    shutil.copy(shown_trace, notes / "t.json")
+    (notes / "to t").symlink_to("t.json")
     file = tmp_path / "r.html"
     return {
         "no output": (["report", shown_store], "-o: missing, expected a file for the page"),
@@ -140,10 +145,17 @@ def bad_input(tmp_path: Path, shown_store: Path, shown_trace: Path) -> dict[str,
         "a folder": (["report", notes, "-o", file], "a folder without kvdb.json"),
         "newer": (["report", tmp_path / "newer.kvdb", "-o", file], "format 99, expected at most 1"),
         "newer, plot": (["plot", tmp_path / "newer.kvdb", "tree", "-o", file], "format 99, expected at most 1"),
-        "in the store": (["report", shown_store, "-o", shown_store / "r.html"], "inside the store, expected a file elsewhere"),
+        "in the store": (["report", shown_store, "-o", shown_store / "r.html"], f"inside the store {shown_store}, expected a file elsewhere"),
         "in its chunks": (["plot", shown_store, "tree", "-o", shown_store / "chunks" / "x.svg"], "inside the store"),
         "nowhere": (["report", shown_store, "-o", tmp_path / "no" / "r.html"], f"no folder {tmp_path / 'no'}"),
         "over a folder": (["report", shown_store, "-o", notes], "a folder, expected a file"),
+        "in another store": (["report", shown_store, "-o", header], f"inside the store {tmp_path / 'newer.kvdb'}, expected a file elsewhere"),
+        "deep in another": (["plot", shown_store, "tree", "-o", header.parent / "chunks" / "x.svg"], "inside the store"),
+        "a link into one": (["report", shown_store, "-o", notes / "link"], "inside the store"),
+        "a second name": (["report", shown_store, "-o", notes / "second"], "a file with 2 names, one of which may be a store's"),
+        "a second name, plot": (["plot", shown_store, "tree", "-o", notes / "second"], "a file with 2 names"),
+        "over the trace": (["report", shown_store, "-o", notes / "t.json", "--trace", notes / "t.json"], "the file that --trace reads, expected another"),
+        "over the trace, plot": (["plot", shown_store, "skew", "-o", notes / "to t", "--trace", notes / "t.json"], "the file that --trace reads"),
         "no sequence": (["report", shown_store, "-o", file, "--sequence", "nobody"], "sequence 'nobody': not in the store"),
         "no picture": (["plot", shown_store, "skyline", "-o", file], "skyline: no such picture, expected one of tree, bytes, hits, ages"),
         "no trace": (["plot", shown_store, "skew", "-o", file], "skew: without --trace FILE"),
@@ -159,8 +171,9 @@ def bad_input(tmp_path: Path, shown_store: Path, shown_trace: Path) -> dict[str,
 def test_bad_input_is_one_line_and_exit_code_2(
     tmp_path: Path, shown_store: Path, shown_trace: Path, as_json: bool
 ) -> None:
-    before = unchanged(shown_store)
-    for case, (arguments, message) in bad_input(tmp_path, shown_store, shown_trace).items():
+    before, cases = unchanged(shown_store), bad_input(tmp_path, shown_store, shown_trace)
+    beside = tree_bytes(tmp_path)
+    for case, (arguments, message) in cases.items():
         if as_json and case == "no output":
             continue  # then the page is not wanted
         code, out, err = here(*arguments, *(["--json"] if as_json else []))
@@ -169,7 +182,83 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert message in line, (case, line)
         assert err.count("\n") == (0 if as_json else 1), case
     assert unchanged(shown_store) == before
+    assert tree_bytes(tmp_path) == beside
     assert sorted(p.name for p in tmp_path.iterdir()) == ["newer.kvdb", "notes"]
+
+
+@pytest.mark.parametrize("arguments", [["report", "STORE"], ["plot", "STORE", "tree"]], ids=["report", "plot"])
+def test_a_file_is_replaced_whole_or_not_at_all(
+    shown_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """It keeps its mode, a link to it stays one, and a disk that fills up leaves what was there."""
+    file, link = tmp_path / "x", tmp_path / "link"
+    file.write_text("old")
+    file.chmod(0o640)
+    link.symlink_to("x")
+    command = [shown_store if a == "STORE" else a for a in arguments] + ["-o", link]
+    real = Path.open
+
+    def full(self: Path, *given: Any, **more: Any) -> Any:
+        stream = real(self, *given, **more)
+        if self.parent != tmp_path:
+            return stream
+        stream.close()
+        return real(Path("/dev/full"), "w")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        code, _, err = here(*command)
+    assert (code, "expected room to write" in err) == (1, True)
+    assert (sorted(p.name for p in tmp_path.iterdir()), file.read_text()) == (["link", "x"], "old")
+    assert here(*command)[0] == 0
+    assert (sorted(p.name for p in tmp_path.iterdir()), link.is_symlink()) == (["link", "x"], True)
+    assert file.read_text().startswith("<")
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert here(*command[:-1], "/dev/null")[0] == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_entries_that_verify_and_make_no_sense_are_shown(tmp_path: Path) -> None:
+    """A sequence without segments, and times that no calendar has."""
+    store, file = tmp_path / "a.kvdb", tmp_path / "r.html"
+    with KVDB.open(store) as db:
+        extend(db, token_list(40), name="fine")
+        for number, at in enumerate((1e20, -1e20, float("inf"), float("nan"))):
+            key = extend(db, token_list(50, 1 + number), name=f"odd {number}").key
+            with db.write_transaction() as txn:
+                sequence = msgspec.structs.replace(txn.sequence(key), spans=(), created=at, expires=at, last_used=at)
+                txn._put("sequences", bytes.fromhex(key), sequence)
+        timed = extend(db, token_list(60, 9), name="timed").key
+        with db.write_transaction() as txn:
+            found = msgspec.structs.replace(txn.find_sequence(timed), created=1e20, expires=float("inf"))
+            txn._put("sequences", bytes.fromhex(timed), found)
+    header = store / "kvdb.json"
+    header.write_text(json.dumps({**json.loads(header.read_text()), "created": 1e20}))
+    before = unchanged(store)
+    looks: list[list[object]] = [
+        ["ls"], ["info"], ["tree"], ["du"], ["report", store, "-o", file], ["plot", store, "ages", "-o", tmp_path / "a.svg"],
+        ["diff", store, "odd 0", "fine"], ["plot", store, "norms", "-o", tmp_path / "n.svg"],
+        ["report", store, "-o", file, "--sequence", "odd 0"],
+        *(["show", store, name] for name in ("odd 0", "odd 1", "odd 2", "odd 3", "timed")),
+        ["show", store, "odd 0", "--layer", 0, "--chunk", 0],
+    ]  # fmt: skip
+    for look in looks:
+        command = look if len(look) > 1 else [*look, store]
+        for more in ([], ["--json"]):
+            code, out, err = here(*command, *more)
+            assert code in (0, 1), (command, out, err)
+            assert "unexpected" not in out + err, (command, out, err)
+            if more:
+                json.loads(out, parse_constant=pytest.fail)
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text(), re.S)
+    assert data is not None
+    assert len(json.loads(data[1], parse_constant=pytest.fail)["sequences"]) == 6
+    assert {s["name"]: (s["last"] is None, s["damaged"]) for s in said("report", store)["survey"]["sequences"] if s["name"] in ("fine", "odd 0")} == {
+        "fine": (False, False), "odd 0": (True, True),
+    }  # fmt: skip
+    assert "unknown time" in here("info", store)[1]
+    assert "unknown time (just now)" in here("show", store, "timed")[1]
+    assert unchanged(store) == before
 
 
 def test_a_missing_trace_is_one_line(tmp_path: Path) -> None:

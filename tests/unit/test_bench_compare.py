@@ -131,6 +131,21 @@ def test_evaluations_are_compared_by_text_and_layer() -> None:
     assert told["layer=3", "texts.layers.mass"] == (1.5, None)
 
 
+def test_numbers_that_are_none_are_no_figures(tmp_path: Path) -> None:
+    text = json.dumps({"benchmark": "append", "machine": MACHINE, "rows": [{"ms": 1e-300, "a": 1, "b": 1, "c": 1}]})
+    (tmp_path / "old.json").write_text(text)
+    for given, told in (
+        ("1e-300", "1e300"),
+        ('"a": 1', '"a": NaN'),
+        ('"b": 1', '"b": 1e999'),
+        ('"c": 1', '"c": 1' + "0" * 400),
+    ):
+        text = text.replace(given, told)
+    (tmp_path / "new.json").write_text(text)
+    compared = compare(read_result(tmp_path / "old.json"), read_result(tmp_path / "new.json"))
+    assert [(figure.name, figure.ratio) for figure in compared.figures] == [("ms", None)]
+
+
 def test_what_is_no_pair_of_results_is_refused(tmp_path: Path) -> None:
     append = {"benchmark": "append", "machine": MACHINE, "rows": []}
     with pytest.raises(InvalidInput, match="results of 'append' and 'gather'"):
@@ -142,6 +157,10 @@ def test_what_is_no_pair_of_results_is_refused(tmp_path: Path) -> None:
         ("{", "no JSON"),
         ("[]", "no machine and rows"),
         (json.dumps({"machine": 1, "rows": []}), "no machine and rows"),
+        ("[" * 100_000, "no JSON"),
+        ('{"machine": {}, "rows": ' + "[" * 40 + "]" * 40 + "}", "more than 32 levels"),
+        (json.dumps({"benchmark": "../gather", "machine": {}, "rows": []}), "its benchmark is no name"),
+        ('{"machine": {}, "rows": [{"ms": 1' + "0" * 5000 + "}]}", "no JSON"),
     ):
         (tmp_path / "r.json").write_text(text)
         with pytest.raises(InvalidInput, match=reason):

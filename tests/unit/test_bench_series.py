@@ -6,6 +6,7 @@ The benchmarks here are short scripts; they are run, timed, interrupted and kept
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -35,6 +36,13 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 pathlib.Path(sys.argv[1]).write_text(str(child.pid))
 time.sleep(60)
 """
+STUBBORN = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+pathlib.Path(sys.argv[1]).write_text(str(__import__("os").getpid()))
+time.sleep(60)
+"""
+RESULT = {"benchmark": "gather", "rows": list[object]()}
 
 
 def run_instead(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -48,23 +56,40 @@ def test_a_result_is_finished_for_this_code_machine_and_command_alone(
     file = tmp_path / "gather.json"
     assert series.finished(["gather"], tmp_path) == set()
     good = {**host(), "command": "-c gather"}
-    file.write_text(json.dumps({"machine": good}))
+    file.write_text(json.dumps({**RESULT, "machine": good}))
     assert series.finished(["gather", "append"], tmp_path) == {"gather"}
-    for field in ("cpu", "cores", "python", "commit", "code", "versions", "command"):
-        file.write_text(json.dumps({"machine": {**good, field: "another"}}))
+    for field in ("cpu", "cores", "python", "commit", "code", "versions", "threads_from", "command"):
+        file.write_text(json.dumps({**RESULT, "machine": {**good, field: "another"}}))
         assert series.finished(["gather"], tmp_path) == set(), field
-        file.write_text(json.dumps({"machine": {key: value for key, value in good.items() if key != field}}))
+        file.write_text(json.dumps({**RESULT, "machine": {key: value for key, value in good.items() if key != field}}))
         assert series.finished(["gather"], tmp_path) == set(), field
-    for text in ("", "{", "[]", '{"machine": 3}', "{}"):
+    no_rows, another = {"benchmark": "gather", "machine": good}, {**RESULT, "benchmark": "append", "machine": good}
+    for text in ("", "{", "[]", '{"machine": 3}', "{}", "[" * 100_000, json.dumps(no_rows), json.dumps(another)):
         file.write_text(text)
-        assert series.finished(["gather"], tmp_path) == set(), text
+        assert series.finished(["gather"], tmp_path) == set(), text[:80]
+
+
+@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_a_result_of_another_number_of_threads_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    run_instead(monkeypatch, "-c", "gather")
+    monkeypatch.setenv(variable, "2")
+    (tmp_path / "gather.json").write_text(json.dumps({**RESULT, "machine": {**host(), "command": "-c gather"}}))
+    assert series.finished(["gather"], tmp_path) == {"gather"}
+    monkeypatch.setenv(variable, "1")
+    assert series.finished(["gather"], tmp_path) == set()
+    monkeypatch.delenv(variable)
+    assert series.finished(["gather"], tmp_path) == set()
 
 
 def test_a_result_of_other_options_is_not_finished(tmp_path: Path) -> None:
     own = {**host(), "command": command_line(table.command("gather", str(tmp_path)))}
-    (tmp_path / "gather.json").write_text(json.dumps({"machine": own}))
+    (tmp_path / "gather.json").write_text(json.dumps({**RESULT, "machine": own}))
     assert series.finished(["gather"], tmp_path) == {"gather"}
-    (tmp_path / "gather.json").write_text(json.dumps({"machine": {**own, "command": own["command"] + " --mib 256"}}))
+    (tmp_path / "gather.json").write_text(
+        json.dumps({**RESULT, "machine": {**own, "command": own["command"] + " --mib 256"}})
+    )
     assert series.finished(["gather"], tmp_path) == set()
 
 
@@ -118,13 +143,38 @@ def test_an_interrupt_ends_a_benchmark_with_all_its_processes(tmp_path: Path, mo
         pytest.fail("a process of the benchmark was left over")
 
 
+def test_another_interrupt_while_it_cleans_up_kills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_instead(monkeypatch, "-c", STUBBORN, str(tmp_path / "pid"))
+
+    def interrupt(seconds: float) -> None:
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            series.measure("gather", tmp_path, interrupt)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < series._PATIENCE_S
+    pid = int((tmp_path / "pid").read_text())
+    if Path(f"/proc/{pid}").exists():
+        os.kill(pid, signal.SIGKILL)
+        pytest.fail("the benchmark was left over")
+
+
 def test_how_long_it_takes_is_what_it_took_here(tmp_path: Path) -> None:
     assert series.expected_s("gather", tmp_path) == 60 * table.BENCHES["gather"].minutes
     file = tmp_path / "gather.json"
-    file.write_text(json.dumps({"machine": {**host(), "took_s": 5.5}}))
+    file.write_text(json.dumps({**RESULT, "machine": {**host(), "took_s": 5.5}}))
     assert series.expected_s("gather", tmp_path) == 5.5
-    file.write_text(json.dumps({"machine": {**host(), "took_s": 5.5, "cpu": "another"}}))
+    file.write_text(json.dumps({**RESULT, "machine": {**host(), "took_s": 5.5, "cpu": "another"}}))
     assert series.expected_s("gather", tmp_path) == 60 * table.BENCHES["gather"].minutes
+    for told in (math.nan, math.inf, -1.0, 10**400, "5.5"):
+        file.write_text(json.dumps({**RESULT, "machine": {**host(), "took_s": told}}))
+        assert series.expected_s("gather", tmp_path) == 60 * table.BENCHES["gather"].minutes, told
 
 
 def test_names_are_taken_in_the_order_of_the_table_and_checked() -> None:

@@ -483,6 +483,30 @@ def test_distances_are_numpys(two_ways: Path) -> None:
     check_distance(two_ways)
 
 
+def test_chunks_that_are_not_finite_are_the_worst(two_ways: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN compares with nothing: of keys or of values alone, it must not hide in the order, nor put others out of it."""
+    right = planes.read
+
+    def read(reader: Any, holding: Any, layer: int, start: int, stop: int) -> Any:
+        found = right(reader, holding, layer, start, stop)
+        for plane, at, bad in ((0, 20, np.nan), (1, 50, np.nan), (1, 0, np.inf)):
+            if layer == 1:
+                found[plane][:, at] = bad
+        return found
+
+    monkeypatch.setattr(planes, "read", read)
+    with looked(two_ways) as (db, snap):
+        pair = [(db, snap.sequence(name)) for name in ("one", "two")]
+        every = distance.distance(*pair, worst=1000).worst
+        for worst in (1, 3, 5):
+            assert repr(distance.distance(*pair, worst=worst).worst) == repr(every[:worst])
+    assert [(c.layer, c.start) for c in every[:3]] == [(1, 0), (1, 16), (1, 48)]
+    assert all(np.isnan([c.keys, c.values]).any() for c in every[:3])
+    rest = [max(c.keys, c.values) for c in every[3:]]
+    assert len(rest) == 12
+    assert rest == sorted(rest, reverse=True)
+
+
 def test_what_lies_in_the_same_segments_is_not_compared(made: Path) -> None:
     with looked(made) as (db, snap):
         report, asked = snap.sequence("report"), snap.sequence("asked")

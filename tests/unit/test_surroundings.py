@@ -8,6 +8,9 @@ import mmap
 import os
 import resource
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ WRONG: list[tuple[str, str, Any, str, str]] = [
     ("place", "direct", Tried(False, "Invalid argument"), "slow", "direct reads"),
     ("place", "file_system", "tmpfs", "note", "file system"),
     ("fsync", "median_ms", 30.0, "slow", "fsync"),
-    ("reading", "shared", False, "unsafe", "readers"),
+    ("reading", "shared", False, "slow", "readers"),
     ("reading", "stored_bytes", 5 << 30, "slow", "memory"),
     ("machine", "system", "Windows", "unsafe", "system"),
     ("machine", "first_version_limit_bytes", 1 << 30, "slow", "memory"),
@@ -160,6 +163,28 @@ def test_the_first_folder_that_can_be_written_keeps_compiled_loops(
     assert numba_cache() == tmp_path / "cache" / "numba"
 
 
+def test_who_has_no_home_or_may_not_look_there_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert numba_cache() is None
+    real = os.stat
+
+    def refuse(path: Any, **how: Any) -> os.stat_result:
+        if Path(os.fsdecode(path)).is_relative_to(tmp_path / "closed" / "in"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, **how)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "closed" / "in"))
+    assert numba_cache() is None
+
+
 def test_limits_of_both_versions_of_control_groups_are_found(tmp_path: Path) -> None:
     membership, groups = tmp_path / "cgroup", tmp_path / "groups"
     (groups / "a" / "b").mkdir(parents=True)
@@ -173,6 +198,10 @@ def test_limits_of_both_versions_of_control_groups_are_found(tmp_path: Path) -> 
     assert first_version_limit_bytes(membership, groups) is None
     (groups / "memory" / "job" / "memory.limit_in_bytes").write_text("2000\n")
     assert first_version_limit_bytes(membership, groups) == 2000
+    membership.write_text("3:cpu,memory,io:/job/deeper/still\n")
+    assert first_version_limit_bytes(membership, groups) == 2000
+    membership.write_text("5:name=memory:/job\n")
+    assert first_version_limit_bytes(membership, groups) is None
     membership.write_text("")
     assert (group_limit_bytes(membership, groups), first_version_limit_bytes(membership, groups)) == (None, None)
 
@@ -265,6 +294,33 @@ def test_a_damaged_store_is_said_to_be_and_the_rest_is_told(store: Path) -> None
     assert [f.about for f in advise(found) if f.level == "unsafe"] == ["store"]
 
 
+def test_files_of_a_store_that_is_refused_are_not_opened(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (store / "kvdb.json").unlink()
+    os.mkfifo(store / "kvdb.json")
+    monkeypatch.setattr(place, "_opened", lambda file: pytest.fail(f"{file} was opened"))
+    found = look_around(store)
+    assert found.place is not None
+    assert "kvdb.json" in found.broken
+    assert found.place.maps.works is found.place.direct.works is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_who_may_not_write_to_the_table_of_readers_is_told_so(store: Path) -> None:
+    """As another user, who may read all of a store and write nothing. The folders above are pytest's, closed to others."""
+    with tempfile.TemporaryDirectory() as above:
+        moved = Path(above) / "a.kvdb"
+        shutil.copytree(store, moved)
+        KVDB.open(moved).close()
+        Path(above).chmod(0o755)
+        for path in (moved, *moved.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        asks = "import os, sys\nfrom pathlib import Path\nfrom kvdb.surroundings import look_around\n"
+        asks += "look_around(Path(sys.argv[1]))\n"  # modules are not for others to read, perhaps
+        asks += "os.setuid(65534)\nprint(look_around(Path(sys.argv[1])).reading.shared)"
+        told = subprocess.run([sys.executable, "-c", asks, str(moved)], capture_output=True, text=True, check=False)
+    assert (told.stdout, told.stderr) == ("False\n", "")
+
+
 def test_what_is_no_store_or_a_newer_one_is_an_error(store: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreNotFound):
         look_around(tmp_path / "none")
@@ -276,18 +332,19 @@ def test_what_is_no_store_or_a_newer_one_is_an_error(store: Path, tmp_path: Path
         look_around(store)
 
 
-def test_a_store_that_readers_may_not_write_themselves_down_in_is_read_without_locks(
+def test_a_store_that_readers_may_not_write_themselves_down_in_is_looked_at_all_the_same(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> Any:
-        raise StoreError("catalog: Permission denied")
-
-    monkeypatch.setattr(KVDB, "open", refuse)
+    monkeypatch.setattr("kvdb.store.may_lock", lambda path: False)
     found = look_around(store)
     assert found.reading is not None
-    assert not found.reading.shared
-    assert found.reading.mode == "mmap"
-    assert [f.about for f in advise(found) if f.level == "unsafe"] == ["readers"]
+    assert (found.reading.shared, found.reading.mode) == (False, "mmap")
+    assert [f.about for f in advise(found) if f.about == "readers"] == ["readers"]
+
+
+def test_without_locks_is_no_remedy_for_anything_else(store: Path) -> None:
+    with KVDB.open_untrusted(store), pytest.raises(StoreError, match="already open"):
+        look_around(store)
 
 
 def test_locks_that_keep_nobody_out_are_noticed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,27 @@ def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(traces, "MOST_SPANS", 10)
     with pytest.raises(InvalidInput, match="expected at most 10"):
         load(path)
+    monkeypatch.setattr(traces, "MOST_OBJECTS", path.read_bytes().count(b"{") - 1)
+    with pytest.raises(InvalidInput, match=r"objects, expected at most [\d,]+; a trace has at most 10 spans"):
+        load(path)
+
+
+def test_small_events_are_refused_before_they_take_memory(tmp_path: Path) -> None:
+    path, most = tmp_path / "t.json", traces.MOST_OBJECTS
+    path.write_bytes(b'{"traceEvents":[' + b'{"ph":"M"},' * (most + 1) + b'{"ph":"M"}]}')
+    assert path.stat().st_size < traces.MOST_BYTES
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInput, match=r"t\.json: 3,000,003 objects"):
+            load(path)
+        assert tracemalloc.get_traced_memory()[1] < traces.MOST_BYTES + (16 << 20)  # what one read may take
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_million_spans_are_far_below_the_limits(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.json", made_up(0))
+    data, spans = path.read_bytes(), len(load(path).stage)
+    assert len(data) / spans * traces.MOST_SPANS < traces.MOST_BYTES
+    assert data.count(b"{") / spans * traces.MOST_SPANS < traces.MOST_OBJECTS
+    assert traces.MOST_BYTES == 256 << 20

@@ -34,7 +34,7 @@ def list_benches(names: list[str], *, results: Path, as_json: bool) -> int:
             "needs": [NEEDS[need].what for need in BENCHES[name].needs],
             "missing": missing(BENCHES[name]),
             "finished": name in done,
-            "commit": (machine_of(result_file(name, results)) or {}).get("commit"),
+            "commit": (machine_of(name, results) or {}).get("commit"),
         }
         for name in some
     ]
@@ -77,7 +77,7 @@ def bench(
     each          show every figure of a comparison, not only what all rows come to
     """
     older = {} if compare_with is None else _older(compare_with, chosen(names))
-    if compare_with is not None and compare_with.is_file() and not names:
+    if compare_with is not None and not compare_with.is_dir() and not names:
         names = [name for name in BENCHES if any(_is_of(result, [name]) for result in older.values())]
     if not run and compare_with is None:
         raise InvalidInput("--no-run: no --compare, expected one; without it there is nothing to do")
@@ -86,9 +86,9 @@ def bench(
     compared = [
         pair for file, result in older.items() if (pair := _compared(file, result, results, measured)) is not None
     ]
-    if older and not compared and not run:
+    if older and not compared and all(outcome.state in ("measured", "kept") for outcome in outcomes):
         raise InvalidInput(
-            f"--compare {compare_with}: none of its results has one of its name in {results}, expected some"
+            f"--compare {compare_with}: none of its results has one of its benchmark in {results}, expected some"
         )
     if as_json:
         told = [{**outcome._asdict(), "file": str(result_file(outcome.name, results))} for outcome in outcomes]
@@ -159,7 +159,12 @@ def _say_done(outcomes: list[Outcome], results: Path) -> None:
 def _older(path: Path, names: list[str]) -> dict[Path, dict[str, Any]]:
     """Results by file: of a folder all that are of some benchmarks."""
     if not path.is_dir():
-        return {path: read_result(path)}
+        result = read_result(path)
+        if not _is_of(result, names):
+            raise InvalidInput(
+                f"--compare {path}: of benchmark {benchmark_of(result)!r}, expected one of {', '.join(names)}"
+            )
+        return {path: result}
     found = {}
     for file in sorted(path.glob("*.json")):
         try:
@@ -179,15 +184,15 @@ def _is_of(result: dict[str, Any], names: Collection[str]) -> bool:
 
 
 def _compared(file: Path, old: dict[str, Any], results: Path, measured: set[Path]) -> Compared | None:
-    """None where there is nothing new of this name."""
-    new = results / file.name
-    if not new.is_file():
-        return None
-    if new.resolve() == file.resolve() and new.resolve() not in measured:
+    """With the new one of its file name, else of its settings, else of its benchmark; None where there is none."""
+    names = (file.name, f"{benchmark_of(old)}.json", result_file(str(name_of(benchmark_of(old))), results).name)
+    found = [results / name for name in names if (results / name).is_file()]
+    others = [new for new in found if new.resolve() != file.resolve() or new.resolve() in measured]
+    if found and not others:
         raise InvalidInput(
             f"--compare {file}: it would be compared with itself, expected an older one; give -o FOLDER, or --again"
         )
-    return compare(old, read_result(new))
+    return compare(old, read_result(others[0])) if others else None
 
 
 def show_compared(all_compared: list[Compared], *, each: bool) -> None:

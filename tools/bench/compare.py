@@ -7,8 +7,10 @@ setting: it is told where it differs, as figures then differ for that.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +28,9 @@ _UNITS: Final[dict[Better, str]] = {
     "lower": r"(^|_)(ms|s|seconds|bytes|bytes_per_token|bytes_a_token)$",
 }
 _MOVED: Final = 1.25
+_NAME: Final = re.compile(r"[\w.-]{1,100}", re.ASCII)
+_LEVELS: Final = 32
+"""Lists and objects inside each other: results have less than ten."""
 _TOLD: Final = ("machine", "benchmark", "model")
 Label = tuple[str, ...]
 
@@ -36,7 +41,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     row     fields that tell its row, as name=value
     name    dotted, inside the row
     better  None: not known, or a baseline
-    ratio   new / old; None where that says nothing: old is 0, or one is negative
+    ratio   new / old; None where that says nothing: old is 0, one is negative, or it is too large
     """
 
     row: list[str]
@@ -80,8 +85,8 @@ def read_result(file: Path) -> dict[str, Any]:
     """raises  InvalidInput for a file that is no result"""
     try:
         result = json.loads(file.read_bytes())
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "no JSON"
+    except (OSError, ValueError, RecursionError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "no JSON that can be read"
         raise InvalidInput(f"{file}: {reason}, expected a result of 'kvdb bench' or of 'kvdb eval --stats'") from None
     if (
         not isinstance(result, dict)
@@ -89,7 +94,23 @@ def read_result(file: Path) -> dict[str, Any]:
         or not isinstance(result.get("rows"), list)
     ):
         raise InvalidInput(f"{file}: no machine and rows, expected a result of 'kvdb bench' or of 'kvdb eval --stats'")
+    if not _NAME.fullmatch(str(result.get("benchmark", EVAL))) or _is_deeper(result, _LEVELS):
+        raise InvalidInput(
+            f"{file}: its benchmark is no name, or more than {_LEVELS} levels, expected a result of 'kvdb bench' or of 'kvdb eval --stats'"
+        )
     return result
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    inside = [value]
+    for _ in range(levels):
+        inside = [
+            part
+            for each in inside
+            if isinstance(each, dict | list)
+            for part in (each.values() if isinstance(each, dict) else each)
+        ]
+    return any(isinstance(each, dict | list) for each in inside)
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Compared:
@@ -153,13 +174,14 @@ def _figure(key: tuple[Label, str], old: float, new: float, bench: Bench) -> Fig
     row, name = key
     parts = name.split(".")
     baseline = any(part in bench.baselines for part in parts)
+    ratio = new / old if old > 0 and new >= 0 else math.nan
     better = None if baseline else next((way for part in reversed(parts) if (way := _better(part, bench))), None)
     return Figure(
         row=list(row),
         name=name,
         old=old,
         new=new,
-        ratio=new / old if old > 0 and new >= 0 else None,
+        ratio=ratio if math.isfinite(ratio) else None,
         better=better,
         baseline=baseline,
     )
@@ -191,7 +213,7 @@ def _inside(value: Any, row: Label, name: str, bench: Bench) -> Iterator[tuple[t
         for field in rows[0] if rows else ():
             if field not in bench.rows_by and all(isinstance(each.get(field), bool) for each in rows):
                 yield (row, f"{name}.{field}" if name else field), sum(each[field] for each in rows) / len(rows)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:  # no NaN
         yield (row, name), float(value)
 
 

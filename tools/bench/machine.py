@@ -21,7 +21,8 @@ RESULTS_VARIABLE: Final = "KVDB_BENCH_RESULTS"
 """Of the environment: another folder for results."""
 MACHINE: Final = ("cpu", "cores")
 """Fields that tell machines apart."""
-_SAME: Final = (*MACHINE, "python", "commit", "code", "versions", "command")
+_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_SAME: Final = (*MACHINE, "python", "commit", "code", "versions", "threads_from", "command")
 """Fields that are equal where a measurement need not be made again."""
 
 
@@ -35,6 +36,7 @@ def host() -> dict[str, Any]:
 
     cpu       its model name
     commit    of the checkout that the code is in, "unknown" elsewhere; `code` is 16 hex digits over every module, changed files included
+    threads_from  what the number of threads follows from where a benchmark sets none
     command   what python was told to run
     took_s    seconds since this process began
     """
@@ -45,6 +47,7 @@ def host() -> dict[str, Any]:
         "commit": _commit(),
         "code": code_digest(),
         "versions": versions(),
+        "threads_from": _threads_from(),
         "command": command_line(sys.orig_argv[1:]),
         "took_s": round(time.monotonic() - _BEGAN, 1),
     }
@@ -66,6 +69,11 @@ def code_digest() -> str:
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+def _threads_from() -> dict[str, Any]:
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    return {"usable_cores": usable, **{name: os.environ.get(name) for name in _THREAD_VARIABLES}}
 
 
 def _folders() -> list[Path]:

@@ -6,7 +6,6 @@ A result appears whole or not at all, so what was interrupted begins anew, and a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Literal, NamedTuple
 
 from kvdb.errors import InvalidInput
+from kvdb.tools.bench.compare import benchmark_of, read_result
 from kvdb.tools.bench.machine import RESULTS_VARIABLE, command_line, host, machine, same
 from kvdb.tools.bench.table import BENCHES, command, missing, result_file
 
@@ -27,6 +27,8 @@ State = Literal["measured", "kept", "skipped", "failed"]
 _LOOKS_S: Final = 0.2
 _PATIENCE_S: Final = 20.0
 """So long an interrupted benchmark has to remove what it made."""
+_LONGEST_S: Final = 1e6
+"""What claims to have taken longer is not believed."""
 
 
 class Outcome(NamedTuple):
@@ -54,25 +56,29 @@ def finished(names: list[str], results: Path) -> set[str]:
     return {
         name
         for name in names
-        if (measured := machine_of(result_file(name, results))) is not None
+        if (measured := machine_of(name, results)) is not None
         and same(measured, {**here, "command": command_line(command(name, str(results)))})
     }
 
 
 def expected_s(name: str, results: Path) -> float:
     """About how long it takes: what it took here before, else what the table says."""
-    before = machine_of(result_file(name, results)) or {}
+    before = machine_of(name, results) or {}
     took_s = before.get("took_s") if all(before.get(field) == value for field, value in machine().items()) else None
-    return float(took_s) if isinstance(took_s, int | float) else 60 * BENCHES[name].minutes
+    if isinstance(took_s, int | float) and 0 <= took_s < _LONGEST_S:
+        return float(took_s)
+    return 60 * BENCHES[name].minutes
 
 
-def machine_of(file: Path) -> dict[str, Any] | None:
-    """What a result says it was measured on; None where there is no result."""
+def machine_of(name: str, results: Path) -> dict[str, Any] | None:
+    """What the result of a benchmark says it was measured on; None where there is none, or one of another benchmark."""
+    file = result_file(name, results)
     try:
-        machine = json.loads(file.read_bytes())["machine"]
-    except (OSError, ValueError, KeyError, TypeError):
+        result = read_result(file)
+    except InvalidInput:
         return None
-    return machine if isinstance(machine, dict) else None
+    measured: dict[str, Any] = result["machine"]
+    return measured if benchmark_of(result) == file.stem else None
 
 
 def measure(name: str, results: Path, watch: Callable[[float], None] = lambda _: None) -> Outcome:
@@ -129,15 +135,15 @@ def _ends_like_ctrl_c() -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGINT, signal.SIGKILL):
+    """Let it clean up; another Ctrl-C, or no end in time, kills it and its processes."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         try:
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal.SIGINT)
             process.wait(_PATIENCE_S)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        return
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(_PATIENCE_S)
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

@@ -63,7 +63,15 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     """Keep a result as JSON, with the machine it came from."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps({"benchmark": name, "machine": machine(), **result}, indent=1) + "\n")
-    unfinished.replace(path)
+    write_whole(path, json.dumps({"benchmark": name, "machine": machine(), **result}, indent=1) + "\n")
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing; what is a link or no file, such as /dev/stdout, is written to as it is."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text)
+        return
+    unfinished = path.with_name(f"{path.name}.new")
+    unfinished.write_text(text)
+    unfinished.replace(path)

@@ -68,7 +68,7 @@ def evaluate(
         from kvdb.tools.bench.command import show_compared
         from kvdb.tools.bench.compare import compare
         from kvdb.tools.bench.machine import code_digest
-        from kvdb.tools.bench.setup import machine
+        from kvdb.tools.bench.setup import machine, write_whole
         from kvdb.tools.evaluate.journal import Journal
         from kvdb.tools.evaluate.judge import Trial, judge
         from kvdb.tools.evaluate.oracle import JUDGED
@@ -104,10 +104,10 @@ def evaluate(
     with steps_bar(console, total=trial.steps) as progress:
         report = judge(loaded, trial, progress, journal)
     result: dict[str, Any] = {"machine": machine(), **msgspec.to_builtins(report)}
-    if stats is not None:
-        stats.write_text(json.dumps(result, indent=1) + "\n")
     if plot is not None:
         plot.write_text(svg(report))
+    if stats is not None:  # last: with it an evaluation is finished
+        write_whole(stats, json.dumps(result, indent=1) + "\n")
     compared = [] if older is None else [compare(older, result)]
     if as_json:
         print_json(result if older is None else {**result, "compared": msgspec.to_builtins(compared)})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +16,7 @@ from kvdb.entries import Sequence
 from kvdb.errors import InvalidInput
 from kvdb.inspection import traces
 from kvdb.inspection.maps import COLUMNS, key_maps
+from kvdb.inspection.stores import store_around
 from kvdb.inspection.survey import survey
 from kvdb.store import KVDB
 from kvdb.tools.inspect import open_store
@@ -39,7 +42,7 @@ def report(store: Path, output: Path | None, *, sequences: list[str], trace: Pat
     """Write the page, or print what it is made of; 1 if anything is damaged."""
     if output is None and not as_json:
         raise InvalidInput("-o: missing, expected a file for the page, such as report.html")
-    _check_output(store, output)
+    _check_output(store, output, trace)
     summary = None if trace is None else traces.summarise(traces.load(trace), COLUMNS)
     with _read(store) as db, _interruptible(output), counting_bar(stderr_console()) as told:
         content = gather(db, wanted=sequences or None, trace=summary, told=told)
@@ -64,7 +67,7 @@ def plot(store: Path, what: str, output: Path, *, sequence: str | None, trace: P
         raise InvalidInput(
             f"{what}: {'without' if trace is None else 'with'} --trace FILE, expected one exactly for {' and '.join(OF_TRACE)}"
         )
-    _check_output(store, output)
+    _check_output(store, output, trace)
     with _read(store) as db, _interruptible(output), counting_bar(stderr_console()) as told:
         svg, data, found = _drawn(db, what, sequence, trace, told)
     _write(output, alone(svg))
@@ -123,21 +126,45 @@ def _interruptible(output: Path | None) -> Iterator[None]:
         raise Interrupted("nothing was printed" if output is None else f"{output} was not written") from None
 
 
-def _check_output(store: Path, output: Path | None) -> None:
-    """raises  InvalidInput for a place where no file may go"""
+def _check_output(store: Path, output: Path | None, trace: Path | None) -> None:
+    """raises  InvalidInput for a place where no file may go: in any store, or over what is read or has a second name"""
     if output is None:
         return
     if not output.absolute().parent.is_dir():
         raise InvalidInput(f"{output}: no folder {output.absolute().parent}, expected an existing one")
     if output.is_dir():
         raise InvalidInput(f"{output}: a folder, expected a file")
-    if output.resolve().is_relative_to(store.resolve()):
-        raise InvalidInput(f"{output}: inside the store, expected a file elsewhere; nothing is written into a store")
+    place = output.resolve()
+    around = store.resolve() if place.is_relative_to(store.resolve()) else store_around(place)
+    if around is not None:
+        raise InvalidInput(
+            f"{output}: inside the store {around}, expected a file elsewhere; nothing is written into a store"
+        )
+    if output.is_file() and (names := output.stat().st_nlink) > 1:
+        raise InvalidInput(
+            f"{output}: a file with {names} names, one of which may be a store's, expected one; remove it, or choose another"
+        )
+    if trace is not None and trace.exists() and output.exists() and output.samefile(trace):
+        raise InvalidInput(f"{output}: the file that --trace reads, expected another; choose another path")
 
 
 def _write(output: Path, text: str) -> None:
+    """All or nothing where a file is to be; what is no file, such as a pipe, is written to as it is."""
     with files.translated(output):
-        output.write_text(text, encoding="utf-8", errors="replace")
+        if output.exists() and not output.is_file():
+            output.write_text(text, encoding="utf-8", errors="replace")
+            return
+        place = output.resolve()
+        unfinished = place.with_name(f".{secrets.token_hex(8)}.new")
+        try:
+            with unfinished.open("x", encoding="utf-8", errors="replace") as stream:
+                stream.write(text)
+            if place.exists():
+                shutil.copymode(place, unfinished)
+            unfinished.replace(place)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
 
 
 def _problems(content: Content) -> int:

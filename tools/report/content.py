@@ -89,7 +89,7 @@ def longest(db: KVDB, most: int) -> list[Sequence]:
         full = sum(s.tokens for s in chosen) + sequence.tokens > _MAPPED_TOKENS
         if len(chosen) == most or (chosen and full):
             break
-        if sequence.spans[-1].segment not in passed:
+        if sequence.spans and sequence.spans[-1].segment not in passed:
             chosen.append(sequence)
             passed |= {span.segment for span in sequence.spans}
     return chosen

@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterator
-from datetime import datetime
 from importlib.resources import files
 from typing import Any
 
@@ -18,15 +18,16 @@ from markupsafe import Markup
 
 from kvdb.inspection.maps import Grid
 from kvdb.inspection.traces import Summary
-from kvdb.tools.output import visible
+from kvdb.tools.output import finite, visible
 from kvdb.tools.report import pictures
 from kvdb.tools.report.content import Content, Mapped
 from kvdb.tools.report.drawing import STYLE
 from kvdb.tools.report.heat import heat_map
-from kvdb.tools.sizes import bytes_text, count_text, seconds_text, share_text
+from kvdb.tools.sizes import bytes_text, count_text, seconds_text, share_text, time_text
 
 _PROBLEMS = 200
 """Findings that are listed; how many more there are is said."""
+_MINUTES = "%Y-%m-%d %H:%M"
 
 
 def page(content: Content) -> str:
@@ -36,7 +37,7 @@ def page(content: Content) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source["page.html"]).render(
         store=visible(content.store),
-        made=f"{datetime.fromtimestamp(content.made).astimezone():%Y-%m-%d %H:%M}",
+        made=time_text(content.made, _MINUTES),
         version=content.version,
         style=Markup(style),
         script=Markup(source["page.js"]),
@@ -87,7 +88,7 @@ def _facts(content: Content) -> Iterator[tuple[str, str]]:
         yield "Evicted so far", count_text(info["segments_evicted"], "segment")
         yield "Identities", f"{info['identities']:,} (models, dtypes and salts whose KV is kept apart)"
     yield "Format", f"{info['format']}"
-    yield "Created", f"{datetime.fromtimestamp(info['created']).astimezone():%Y-%m-%d %H:%M}"
+    yield "Created", time_text(info["created"], _MINUTES)
 
 
 def _mapped(index: int, mapped: Mapped) -> dict[str, Any]:
@@ -146,6 +147,10 @@ def _brief(seconds: float) -> str:
     return f"{seconds * 1e3:,.3f} ms"
 
 
+def _whole(at: float | None) -> int | None:
+    return None if at is None or not math.isfinite(at) else round(at)
+
+
 def _data(content: Content) -> str:
     """What the script shows, as JSON that can stand inside a script element."""
     found = content.survey
@@ -163,8 +168,8 @@ def _data(content: Content) -> str:
         "sequences": [
             [
                 s.key[:12], visible(s.name or ""), models.setdefault(visible(s.model), len(models)),
-                ways.setdefault(visible(s.fidelity), len(ways)), s.tokens, place.get(s.last, -1), s.segments, s.kv_bytes,
-                s.own_bytes, round(s.last_used), s.hits, None if s.expires is None else round(s.expires), int(s.pinned),
+                ways.setdefault(visible(s.fidelity), len(ways)), s.tokens, place.get(s.last or "", -1), s.segments, s.kv_bytes,
+                s.own_bytes, _whole(s.last_used), s.hits, _whole(s.expires), int(s.pinned),
                 int(s.damaged),
             ]
             for s in found.sequences
@@ -186,5 +191,5 @@ def _data(content: Content) -> str:
             for name, (grid, unit, across) in grids.items()
         },
     }  # fmt: skip
-    dumped = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    dumped = json.dumps(finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Markup(dumped.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))

@@ -86,7 +86,7 @@ def _ends(survey: Survey) -> dict[str, str]:
     """What to call the end of a branch: a sequence's name, else its key."""
     ends: dict[str, str] = {}
     for sequence in survey.sequences:
-        if sequence.name is not None or sequence.last not in ends:
+        if sequence.last is not None and (sequence.name is not None or sequence.last not in ends):
             ends[sequence.last] = sequence.name or sequence.key[:8]
     return ends
 
