@@ -66,7 +66,7 @@ class _Work:
                 while len(self._ended) < len(self._began):
                     try:
                         self._left.get(timeout=_LOOK_AGAIN_S)
-                    except queue.Empty:
+                    except queue.Empty:  # nobody said so in this time: who has ended is counted above
                         pass
                 break
             except BaseException as e:
