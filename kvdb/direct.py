@@ -10,17 +10,17 @@ Rows are compared with their digests when they come, whoever asked for them; one
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from kvdb import files
-from kvdb.arrivals import RowFile
+from kvdb.arrivals import FileRows, RowFile
 from kvdb.errors import Damaged, OutOfMemory
 from kvdb.host import HostTier, Lease
 from kvdb.positioned import PreadReader
-from kvdb.reader import Array, Lending, OpenArray, Verified
+from kvdb.reader import Array, Lending, Located, OpenArray, Verified
 from kvdb.segments import Segment
 
 
@@ -64,6 +64,7 @@ class DirectReader(PreadReader):
                 row_bytes=array.row,
                 rows=len(array.info.geometry.groups[group].layers) * array.layer_records,
                 align=align,
+                segment=array.info.segment,
                 where=f"segment {array.info.segment}, file {array.path}",
                 path=array.path,
             )
@@ -90,26 +91,32 @@ class DirectReader(PreadReader):
 
     # -- reading
 
-    def _parts(self, array: OpenArray, rows: Array) -> Iterator[Lending]:
-        if array not in self._direct:
-            yield from super()._parts(array, rows)
-            return
-        for memory, which, places in self._tier.parts(self._ask(array, rows), self._deadline_s):
-            shown = memory.view()
-            shown.flags.writeable = False
-            yield Lending(shown, which, places)
+    def _parts(self, located: list[Located]) -> Iterator[Lending]:
+        """What is not read past the page cache, while the rest arrives, and then that."""
+        direct = [each for each in located if each.array in self._direct]
+        lease = self._ask([self._rows_of(each) for each in direct]) if direct else None
+        yield from super()._parts([each for each in located if each.array not in self._direct])
+        if lease is not None:
+            numbers = np.concatenate([each.of for each in direct])
+            for memory, which, places in self._tier.parts(lease, self._deadline_s):
+                shown = memory.view()
+                shown.flags.writeable = False
+                yield Lending(shown, which, numbers[places])
+
+    def _rows_of(self, located: Located) -> FileRows:
+        return FileRows(self._direct[located.array], located.rows)
 
     def _absent(self, array: OpenArray) -> int:
         file = self._direct.get(array)
         return super()._absent(array) if file is None else self._tier.absent_bytes(file)
 
-    def _begin(self, array: OpenArray, rows: Array) -> None:
+    def _begin(self, located: list[Located]) -> None:
         """What is lent stays good. Records for which the tier has no room are left alone."""
-        file = self._direct.get(array)
-        if file is not None:
+        direct = [self._rows_of(each) for each in located if each.array in self._direct]
+        if direct:
             # What the system refuses now it may refuse who reads these records, and is told then.
             with contextlib.suppress(OSError, OutOfMemory):
-                lease = self._tier.lease(file, rows, only_slots=True)
+                lease = self._tier.lease(direct, only_slots=True)
                 self.bytes_fetched += lease.fetched
                 self._tier.release(lease)
 
@@ -118,9 +125,9 @@ class DirectReader(PreadReader):
         if array in self._direct:
             self._tier.weigh(self._direct[array], rows, weights)
 
-    def _ask(self, array: OpenArray, rows: Array) -> Lease:
+    def _ask(self, wanted: Sequence[FileRows]) -> Lease:
         self._give_back()
-        self._lease = self._tier.lease(self._direct[array], rows)
+        self._lease = self._tier.lease(wanted)
         self.bytes_fetched += self._lease.fetched
         return self._lease
 
@@ -132,7 +139,7 @@ class DirectReader(PreadReader):
     @contextlib.contextmanager
     def _leased(self, array: OpenArray, rows: Array) -> Iterator[Lease]:
         """For what is copied before anybody else uses this reader."""
-        lease = self._ask(array, rows)
+        lease = self._ask([FileRows(self._direct[array], rows)])
         try:
             self._tier.wait(lease, self._deadline_s)
             yield lease
@@ -168,7 +175,7 @@ class DirectReader(PreadReader):
         """Where they are in the tier, if all are; these stay there until this reader is used again."""
         if array not in self._direct:
             return super()._fetch_coded(array, rows)
-        lease = self._ask(array, rows)
+        lease = self._ask([FileRows(self._direct[array], rows)])
         self._tier.wait(lease, self._deadline_s)
         if lease.pooled:
             shown = lease.pool.view.view()

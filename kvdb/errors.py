@@ -96,7 +96,13 @@ class Stalled(KVDBError, TimeoutError):
 
 
 class Damaged(KVDBError):
+    """segment: the segment whose files are concerned, where it is known to be one."""
+
     kind = "damaged"
+
+    def __init__(self, message: str, segment: str | None = None) -> None:
+        super().__init__(message)
+        self.segment = segment
 
 
 class SequenceNotFound(KVDBError, KeyError):

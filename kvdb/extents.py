@@ -1,4 +1,4 @@
-"""Which bytes of a file to ask for, to have given rows of it: pure arithmetic.
+"""Which bytes of files to ask for, to have given rows of them: pure arithmetic.
 
 Rows that lie one after the other are asked for together. Where O_DIRECT cannot read a row by itself, because it does not begin and
 end with a block of the device, it is read with the whole blocks around it.
@@ -16,8 +16,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Extents(NamedTuple):
     """Reads, each of (m,) int64, and where in them the rows are, each of (n,) int64.
 
-    offsets, sizes  bytes of the file
-    first           the first row of each read
+    offsets, sizes  bytes of a file
+    first           the first row of each read, which tells the file
     of              the read that a row is part of
     at              bytes from the beginning of that read to the row's
     """
@@ -29,24 +29,22 @@ class Extents(NamedTuple):
     at: Array
 
 
-def exactly(rows: Array, slots: Array, row_bytes: int) -> Extents:
-    """Reads of nothing but rows: of those together that follow each other in the file and in memory.
+def exactly(files: Array, rows: Array, slots: Array, row_bytes: int) -> Extents:
+    """Reads of nothing but rows: of those together that follow each other in a file and in memory.
 
-    rows   (n,) int64, ascending
+    files  (n,) int64, ascending: which file each row is in
+    rows   (n,) int64, of each file ascending
     slots  (n,) int64: where they go, counted in rows
     """
-    apart = (np.diff(rows) != 1) | (np.diff(slots) != 1)
+    apart = (np.diff(rows) != 1) | (np.diff(slots) != 1) | (np.diff(files) != 0)
     return _extents(rows * row_bytes, (rows + 1) * row_bytes, rows * row_bytes, apart)
 
 
-def around(rows: Array, row_bytes: int, align: int) -> Extents:
-    """Reads of whole blocks of `align` bytes: of those together that touch.
-
-    rows  (n,) int64, ascending
-    """
+def around(files: Array, rows: Array, row_bytes: int, align: int) -> Extents:
+    """Reads of whole blocks of `align` bytes: of those together that touch. files, rows: as for `exactly`."""
     starts = rows * row_bytes // align * align
     stops = -(-(rows + 1) * row_bytes // align) * align
-    return _extents(starts, stops, rows * row_bytes, starts[1:] > stops[:-1])
+    return _extents(starts, stops, rows * row_bytes, (starts[1:] > stops[:-1]) | (np.diff(files) != 0))
 
 
 def _extents(starts: Array, stops: Array, rows_at: Array, apart: Array) -> Extents:

@@ -4,7 +4,7 @@ For files that are read with O_DIRECT, which the system does not cache. Rows of 
 take out of one budget: a pool grows while there is any, takes slabs from the largest pool while it has less than its
 share, and otherwise evicts rows of its own, as its policy says.
 
-    lease   which slots rows are in; those that are in none are given one and read there, those that someone else is reading are
+    lease   which slots rows of one file or several are in; those that are in none are given one and read there, those that someone else is reading are
             waited for. What was leased stays where it is until it is released.
 
 Beside the budget a read may need memory of its own while it lasts: for the blocks around rows that do not begin and end with one, and
@@ -23,14 +23,15 @@ import errno
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from kvdb import files, forks
-from kvdb.arrivals import Arrival, RowFile
+from kvdb.arrivals import Arrival, FileRows, RowFile
 from kvdb.errors import InvalidInput
 from kvdb.replacement import REPLACEMENT
 from kvdb.requests import Requests, best_requests
@@ -58,19 +59,20 @@ class Part(NamedTuple):
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Lease:
-    """Rows of a file and where they are, or will be.
+    """Rows of files, one file after the other, and where they are, or will be.
 
     slots     (n,) int64: slots of `pool`, -1 for a row that has none and is read into memory of its own
+    own       (n,) int64: which row of that memory; as `slots` where there is none
     numbers   (n,) int64: the arrival a row is waited for with, 0 for none
     arrivals  of those that are waited for, in the order they were asked for
-    fetched   bytes that were asked of the file for this lease
+    fetched   bytes that were asked of the files for this lease
     released  or put down for it; whoever drops one that is not, has it put down in `later`
     """
 
-    file: RowFile
-    rows: Array
+    wanted: Sequence[FileRows]
     pool: Pool
     slots: Array
+    own: Array
     numbers: Array
     arrivals: list[Arrival]
     later: deque[Lease | RowFile]
@@ -115,24 +117,27 @@ class HostTier:
 
     # -- leasing
 
-    def lease(self, file: RowFile, rows: Array, *, only_slots: bool = False) -> Lease:
-        """Give rows a place, begin to read those that are not there, and pin all of them until `release`.
+    def lease(self, wanted: Sequence[FileRows], *, only_slots: bool = False) -> Lease:
+        """Give rows a place, begin to read those that are not there in one batch, and pin all of them until `release`.
 
-        rows        (n,) int64, in the file; may repeat
+        wanted      of one file or several, each once, all with rows of one size
         only_slots  rows for which there is no slot are left alone: for one that is not waited for
         raises      OSError where the system refuses to read
         """
         self._reap()
         with self._lock:
             self._catch_up()
-            pool = self._pool(file.row_bytes)
+            pool = self._pool(wanted[0].file.row_bytes)
             self._writing = True
-            slots = pool.table.lookup(file.key, rows)
-            begun = self._begin_missing(pool, file, rows, slots) if slots.min(initial=0) < 0 else []
-            numbers = pool.arrival[slots] if self._arrivals else np.zeros(len(rows), np.int64)
-            waited = [self._arrivals[n] for n in np.unique(numbers[slots >= 0]).tolist() if n]
+            found = [pool.table.lookup(file.key, rows) for file, rows in wanted]
+            begun = self._begin_missing(pool, wanted, found)
+            slots = found[0] if len(found) == 1 else np.concatenate(found)
+            numbers = np.zeros(len(slots), np.int64)
+            if self._arrivals:
+                np.copyto(numbers, pool.arrival[slots], where=slots >= 0)
+            waited = [self._arrivals[number] for number in sorted({*numbers[numbers > 0].tolist()})]
             lease = Lease(
-                file=file, rows=rows, pool=pool, slots=slots, numbers=numbers, arrivals=waited, later=self._later
+                wanted=wanted, pool=pool, slots=slots, own=slots, numbers=numbers, arrivals=waited, later=self._later
             )
             self._writing = False
         try:
@@ -162,10 +167,7 @@ class HostTier:
         for arrival in lease.arrivals:
             self._wait(lease, arrival, deadline, timeout_s)
             places = np.flatnonzero(lease.numbers == arrival.number)
-            which = lease.slots[places]
-            if arrival.pool is None:
-                which = arrival.slots[np.searchsorted(arrival.rows, lease.rows[places])]
-            yield Part(arrival.memory, which, places)
+            yield Part(arrival.memory, (lease.own if arrival.pool is None else lease.slots)[places], places)
 
     def release(self, lease: Lease) -> None:
         """Let the rows of a lease be evicted; again is fine. Takes no lock that its thread may hold."""
@@ -204,7 +206,7 @@ class HostTier:
         """Nobody reads a file any more. Returns whether its descriptor is still read through: then it is closed here, later. Takes no lock
         that its thread may hold.
         """
-        busy = any(arrival.file is file for arrival in list(self._arrivals.values()))
+        busy = any(file in arrival.files for arrival in list(self._arrivals.values()))
         if busy:
             self._retired.append(file)
         return busy
@@ -260,7 +262,7 @@ class HostTier:
             self._writing = False
         for _ in range(len(self._retired)):
             file = self._retired.popleft()
-            if any(arrival.file is file for arrival in self._arrivals.values()):
+            if any(file in arrival.files for arrival in self._arrivals.values()):
                 self._retired.append(file)
             else:
                 files.close(file.fd)
@@ -305,39 +307,50 @@ class HostTier:
 
     # -- arrivals
 
-    def _begin_missing(self, pool: Pool, file: RowFile, rows: Array, slots: Array) -> list[Arrival]:
-        """Give slots to rows that have none, as far as there are any, and put them into `slots`. The caller holds the lock."""
-        lacking = np.flatnonzero(slots < 0)
-        missing, inverse = np.unique(rows[lacking], return_inverse=True)
-        self._make_room(pool, len(missing))
-        given = pool.table.admit(file.key, missing, file.rows)
-        slots[lacking] = given[inverse]
-        missing, given = missing[given >= 0], given[given >= 0]
-        pool.table.pin(given)  # for the arrivals, beside the pins of the lease
-        begun = self._pieces(file, missing, given, pool.view, pool)
-        for arrival in begun:
+    def _begin_missing(self, pool: Pool, wanted: Sequence[FileRows], found: list[Array]) -> list[Arrival]:
+        """Give slots to rows that have none, as far as there are any, and put them into `found`. The caller holds the lock."""
+        lacking = _lacking(wanted, found)
+        if not lacking:
+            return []
+        self._make_room(pool, sum(len(each.rows) for each in lacking))
+        begun, taken = [], []
+        for number, file, rows, places, inverse in lacking:
+            given = pool.table.admit(file.key, rows, file.rows)
+            found[number][places] = given[inverse]
+            begun.append(FileRows(file, rows[given >= 0]))
+            taken.append(given[given >= 0])
+        slots = np.concatenate(taken)
+        pool.table.pin(slots)  # for the arrivals, beside the pins of the lease
+        arrivals = self._pieces(begun, slots, pool.view, pool)
+        for arrival in arrivals:
             pool.arrival[arrival.slots] = arrival.number
-        return begun
+        return arrivals
 
     def _begin_private(self, lease: Lease) -> list[Arrival]:
         """Memory of their own for the rows of a lease that have no slot."""
-        file, lacking = lease.file, np.flatnonzero(lease.slots < 0)
-        rows = np.unique(lease.rows[lacking])
-        size = len(rows) * file.row_bytes
-        memory = np.frombuffer(private_pages(size), np.uint8)[:size].reshape(-1, file.row_bytes)
+        starts = np.cumsum([0, *(len(rows) for _, rows in lease.wanted)])
+        lacking = _lacking(lease.wanted, [lease.slots[start:stop] for start, stop in pairwise(starts)])
+        own, count, row_bytes = lease.slots.copy(), 0, lease.pool.row_bytes
+        for number, _, rows, places, inverse in lacking:
+            own[starts[number] + places] = count + inverse
+            count += len(rows)
+        memory = np.frombuffer(private_pages(count * row_bytes), np.uint8)[: count * row_bytes].reshape(-1, row_bytes)
         with self._lock:
-            begun = self._pieces(file, rows, np.arange(len(rows)), memory, None)
-        starts = [int(arrival.rows[0]) for arrival in begun]
-        lease.numbers[lacking] = begun[0].number - 1 + np.searchsorted(starts, lease.rows[lacking], side="right")
+            begun = self._pieces([FileRows(each.file, each.rows) for each in lacking], np.arange(count), memory, None)
+        alone = lease.slots < 0
+        lease.own, lease.numbers[alone] = own, begun[0].number + own[alone] // len(begun[0].rows)
         return begun
 
-    def _pieces(self, file: RowFile, rows: Array, slots: Array, memory: Array, pool: Pool | None) -> list[Arrival]:
-        """Arrivals, not sent yet. The caller holds the lock."""
-        piece = max(1, min(_PIECE_ROWS, _PIECE_BYTES // file.row_bytes))
+    def _pieces(self, wanted: list[FileRows], slots: Array, memory: Array, pool: Pool | None) -> list[Arrival]:
+        """Arrivals, not sent yet, all but the last of as many rows. The caller holds the lock."""
+        files, rows = tuple(file for file, _ in wanted), np.concatenate([rows for _, rows in wanted])
+        of = np.repeat(np.arange(len(files)), [len(rows) for _, rows in wanted])
+        piece = max(1, min(_PIECE_ROWS, _PIECE_BYTES // files[0].row_bytes))
         begun = []
         for at in range(0, len(rows), piece):
+            some = slice(at, at + piece)
             self._last += 1
-            arrival = Arrival(self._last, file, rows[at : at + piece], slots[at : at + piece], memory, pool)
+            arrival = Arrival(self._last, files, of[some], rows[some], slots[some], memory, pool)
             self._arrivals[self._last] = arrival
             begun.append(arrival)
         return begun
@@ -382,7 +395,7 @@ class HostTier:
                 raise
         if not arrival.over:
             self._settle(arrival, min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
-        arrival.expect(lease.rows)
+        arrival.expect(lease.wanted)
 
     def _settle(self, arrival: Arrival, timeout_s: float) -> None:
         """Take what has come of one that was sent.
@@ -406,8 +419,8 @@ class HostTier:
             pool = arrival.pool
             if pool is not None and self._is_ours(pool):
                 pool.arrival[arrival.slots] = 0
-                if not there.all():
-                    pool.table.forget(arrival.file.key, arrival.rows[~there])
+                for number, file in enumerate(() if there.all() else arrival.files):
+                    pool.table.forget(file.key, arrival.rows[~there & (arrival.of == number)])
                 pool.table.release(arrival.slots)
             self._arrivals.pop(arrival.number, None)
             arrival.end()
@@ -426,3 +439,30 @@ class HostTier:
                     self._settle(arrival, 0.0)
             except (OSError, RuntimeError, MemoryError, InvalidInput) as trouble:
                 self._fail_unsent(arrival, trouble)
+
+
+class _Lacking(NamedTuple):
+    """Rows of a lease that are nowhere.
+
+    number   which of the wanted they are of
+    rows     (m,) int64, ascending, each once
+    places   (n,) int64: where they were asked for, among the rows of that file
+    inverse  (n,) int64: which of `rows` is asked for there
+    """
+
+    number: int
+    file: RowFile
+    rows: Array
+    places: Array
+    inverse: Array
+
+
+def _lacking(wanted: Sequence[FileRows], found: list[Array]) -> list[_Lacking]:
+    """Of each file that has any. found: for each of the wanted (n,) int64, below 0 for rows that have no slot."""
+    lacking = []
+    for number, ((file, rows), slots) in enumerate(zip(wanted, found, strict=True)):
+        places = np.flatnonzero(slots < 0)
+        if len(places):
+            each, inverse = np.unique(rows[places], return_inverse=True)
+            lacking.append(_Lacking(number, file, each, places, inverse))
+    return lacking

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvdb import files
 from kvdb.errors import Damaged
-from kvdb.reader import Array, Lending, OpenArray, Reader, Verified
+from kvdb.reader import Array, Lending, Located, OpenArray, Reader, Verified
 
 _READ_AHEAD: Final = 128 << 10
 """Most that one WILLNEED surely brings: Linux cuts it to the device's read-ahead, and under MADV_RANDOM the rest would come
@@ -52,25 +52,28 @@ class MmapReader(Reader):
         pages = files.resident_pages(array.base, 0, -(-len(array.base) // _mmap.PAGESIZE))
         return int(np.count_nonzero(~pages)) * _mmap.PAGESIZE
 
-    def _begin(self, array: OpenArray, rows: Array) -> None:
-        if array.base is not None:
-            self._start(array, rows)
+    def _begin(self, located: list[Located]) -> None:
+        for each in located:
+            if each.array.base is not None:
+                self._start(each.array, each.rows)
 
-    def _parts(self, array: OpenArray, rows: Array) -> Iterator[Lending]:
-        if array.base is None:
-            yield from super()._parts(array, rows)
-            return
-        wanted, gone = self._start(array, rows)
-        late, of = wanted[gone], None
-        self._finish(array, wanted[~gone], gone[~gone])
-        if len(late):
-            arriving = np.isin(rows, late)
-            of = np.flatnonzero(arriving)
-            if len(of) < len(rows):
-                there = np.flatnonzero(~arriving)
-                yield Lending(array.view, rows[there], there)
-            self._finish(array, late, np.ones(len(late), bool))
-        yield Lending(array.view, rows, None) if of is None else Lending(array.view, rows[of], of)
+    def _parts(self, located: list[Located]) -> Iterator[Lending]:
+        begun = [(each, *self._start(each.array, each.rows)) for each in located if each.array.base is not None]
+        late = []
+        for (array, rows, first), wanted, gone in begun:
+            self._finish(array, wanted[~gone], gone[~gone])
+            if not gone.any():
+                yield Lending(array.view, rows, np.arange(first, first + len(rows)))
+                continue
+            arriving = np.isin(rows, wanted[gone])
+            there = np.flatnonzero(~arriving)
+            if len(there):
+                yield Lending(array.view, rows[there], first + there)
+            late.append((array, rows[arriving], first + np.flatnonzero(arriving), wanted[gone]))
+        yield from super()._parts([each for each in located if each.array.base is None])
+        for array, rows, of, awaited in late:
+            self._finish(array, awaited, np.ones(len(awaited), bool))
+            yield Lending(array.view, rows, of)
 
     def _start(self, array: OpenArray, rows: Array) -> tuple[Array, Array]:
         """Have the kernel fetch all cold pages together, without waiting for them.

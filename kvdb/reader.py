@@ -13,7 +13,8 @@ import contextlib
 import mmap as _mmap
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -152,17 +153,36 @@ def _taking(stored: Array, which: Array) -> Callable[[int], Any]:
     return lambda i: stored[which[i]]
 
 
+class Wanted(NamedTuple):
+    """Records of one layer in a segment, (n,) int64: chunk inside the segment * kv_heads + head."""
+
+    segment: Segment
+    records: Array
+
+
 class Lending(NamedTuple):
     """Some of the records that were asked for.
 
     stored  (m, numbers of a record): K, then V, read-only
     which   (n,) int64: their rows in `stored`
-    of      (n,) int64: which of the records asked for they are; None: all, in order
+    of      (n,) int64, ascending: which of the records asked for they are, counted through all segments
     """
 
     stored: Array
     which: Array
-    of: Array | None
+    of: Array
+
+
+class Located(NamedTuple):
+    """Rows of an array that are asked for; `first`: how many records of other segments were asked for before them."""
+
+    array: OpenArray
+    rows: Array
+    first: int
+
+    @property
+    def of(self) -> Array:
+        return np.arange(self.first, self.first + len(self.rows))
 
 
 class Place(NamedTuple):
@@ -230,30 +250,41 @@ class Reader(ABC):
             array.codec.decode(stored, which, out, segment.info.geometry.dtype)
             self.bytes_read += len(rows) * array.row
 
-    def lend(self, segment: Segment, layer: int, records: Array) -> Iterator[Lending]:
+    def lend(self, layer: int, wanted: Sequence[Wanted]) -> Iterator[Lending]:
         """Records of one layer, stored as they are, where they can be read without a copy: a part at a time, those in memory first, so that
-        they can be used while others arrive. A part is good until the next one is asked for, or anything else of this reader.
+        they can be used while others, of all segments, arrive. A part is good until the next one is asked for, or anything else of this
+        reader.
 
+        wanted  each segment once, all of one geometry
         raises  InvalidInput for records that a codec must decode: `read` does; else as `read`
         """
-        array, rows = self._locate(segment, layer, records)
-        if not array.codec.stored_as_is:
-            raise InvalidInput(
-                f"segment {segment.info.segment}, layer {layer}: coded, expected records as they are; read them"
-            )
-        for stored, which, of in self._parts(array, rows):
-            asked = rows if of is None else rows[of]
-            self._check(array, asked, _taking(stored, which))
-            self.bytes_read += len(asked) * array.row
-            yield Lending(stored.view(segment.info.geometry.storage_dtype), which, of)
+        located, count = [], 0
+        for segment, records in wanted:
+            array, rows = self._locate(segment, layer, records)
+            if not array.codec.stored_as_is:
+                raise InvalidInput(
+                    f"segment {segment.info.segment}, layer {layer}: coded, expected records as they are; read them"
+                )
+            located.append(Located(array, rows, count))
+            count += len(rows)
+        starts = [each.first for each in located] + [count]
+        for stored, which, of in self._parts(located):
+            ends = np.searchsorted(of, starts).tolist()
+            for (array, rows, first), (start, stop) in zip(located, pairwise(ends), strict=True):
+                if start < stop:
+                    self._check(array, rows[of[start:stop] - first], _taking(stored, which[start:stop]))
+            self.bytes_read += len(of) * stored.shape[1]
+            yield Lending(stored.view(located[0].array.info.geometry.storage_dtype), which, of)
 
-    def expect(self, segment: Segment, layer: int, records: Array) -> None:
+    def expect(self, layer: int, wanted: Sequence[Wanted]) -> None:
         """Begin to bring records in that may be asked for soon, and return at once. What fails shows when they are read.
 
+        wanted  as for `lend`
         raises  InvalidInput as `read`
         """
-        if len(records):
-            self._begin(*self._locate(segment, layer, records))
+        located = [Located(*self._locate(segment, layer, records), 0) for segment, records in wanted if len(records)]
+        if located:
+            self._begin(located)
 
     def weigh(self, segment: Segment, layer: int, records: Array, weights: Array) -> None:
         """Say what records, none twice, are worth: their share of attention mass, (n,) float. For a tier whose policy looks at it."""
@@ -329,7 +360,8 @@ class Reader(ABC):
         layer = array.info.geometry.groups[array.group].layers[layer_row]
         return Damaged(
             f"segment {array.info.segment}, layer {layer}, chunk {chunk}, head {head}, file {array.path}, offset "
-            f"{row * array.row}: xxh3 is {actual:#018x}, expected {expected:#018x}; run 'kvdb repair', then recompute it"
+            f"{row * array.row}: xxh3 is {actual:#018x}, expected {expected:#018x}; run 'kvdb repair', then recompute it",
+            segment=array.info.segment,
         )
 
     def abstract(self, segment: Segment, name: str, layer: int, planes: int | None = None) -> Array:
@@ -458,13 +490,14 @@ class Reader(ABC):
     def _absent(self, array: OpenArray) -> int:
         return layout(array.info, array.group).payload_bytes
 
-    def _begin(self, array: OpenArray, rows: Array) -> None:
+    def _begin(self, located: list[Located]) -> None:
         """Have rows that are not in memory on their way, where that is possible without waiting."""
         return
 
-    def _parts(self, array: OpenArray, rows: Array) -> Iterator[Lending]:
+    def _parts(self, located: list[Located]) -> Iterator[Lending]:
         """Rows where they are, as they are stored: those that need not be waited for come first."""
-        yield Lending(*self._fetch_coded(array, rows), None)
+        for each in located:
+            yield Lending(*self._fetch_coded(each.array, each.rows), each.of)
 
     def _fetch_planes(self, array: OpenArray, rows: Array, out: Array) -> None:
         """Copy rows that are stored as they are (numbered in the whole shard, in range) into `out`, K planes first."""

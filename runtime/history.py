@@ -8,7 +8,7 @@ more sealed part. Without a writable store nothing is ever appended and the tail
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from kvdb.errors import Damaged
 from kvdb.format import SegmentInfo
 from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import EXACT, Identity, joined_fidelity
-from kvdb.reader import Reader
+from kvdb.reader import Reader, Wanted
 from kvdb.runtime.device_cache import DeviceCache, Rows
 from kvdb.runtime.gather import Lent
 from kvdb.runtime.selection import Resident, Selector
@@ -55,6 +55,14 @@ class Share(NamedTuple):
     segment: Segment
     records: Array
     columns: Array | None
+
+
+class Chosen(NamedTuple):
+    """Records of one segment among chosen chunks, (kv_heads, n) of them, and the places they are chosen in, counted row after row."""
+
+    segment: Segment
+    records: Array
+    places: Array
 
 
 class History:
@@ -167,15 +175,14 @@ class History:
         self._last, self.stored_tokens = segment, stop
 
     @contextlib.contextmanager
-    def _naming(self, segment: Segment) -> Iterator[None]:
-        """Damage found in the block names the sequences it concerns."""
+    def _naming(self, *segments: Segment) -> Iterator[None]:
+        """Damage found in the block, in one of the segments, names the sequences it concerns."""
         try:
             yield
         except Damaged as e:
-            names = [
-                s.name or s.key for s in self.db.sequences() if any(p.segment == segment.info.segment for p in s.spans)
-            ]
-            raise Damaged(f"sequence {', '.join(names) or '?'}: {e}") from e
+            concerned = {e.segment} if e.segment else {segment.info.segment for segment in segments}
+            names = [s.name or s.key for s in self.db.sequences() if any(p.segment in concerned for p in s.spans)]
+            raise Damaged(f"sequence {', '.join(names) or '?'}: {e}", segment=e.segment) from e
 
     def last_tokens(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """K and V of positions [start, stop) of one layer, each (kv_heads, tokens, head_dim): a copy.
@@ -205,67 +212,70 @@ class History:
         returns records, and (kv_heads, n) of bool, whose true places are theirs, row after row
         """
         self._behind.wait(layer)
-        wanted = chunks.numpy()
-        heads, n = wanted.shape
-        asked = np.ones((heads, n), bool) if counts is None else np.arange(n) < counts.numpy()[:, None]
-        for part in self._parts(layer):
-            inside = asked & (wanted >= part.first) & (wanted < part.stop)
-            if not inside.any():
-                continue
-            records = ((wanted - part.first) * heads + self._heads[layer])[inside]
-            lending = self._lending(part.segment, layer, records)
-            while True:
-                with self._reading(layer), self._naming(part.segment):
-                    found = next(lending, None)
-                if found is None:
-                    break
-                flat, key_at, value_at, of = found
-                places = inside if of is None else _among(inside, of)
-                starts = np.concatenate(([0], np.cumsum(places.sum(1))))
-                yield Lent(flat, flat, key_at, value_at, starts, self.geometry.chunk_tokens), places
+        as_is: list[Chosen] = []
+        coded: list[Chosen] = []
+        for chosen in self._chosen(self._parts(layer), chunks, counts):
+            (as_is if self._codec(chosen.segment, layer).stored_as_is else coded).append(chosen)
+        if as_is:
+            yield from self._lend_as_is(layer, as_is, chunks.shape)
+        for each in coded:
+            yield self._lend_decoded(layer, each, chunks.shape)
 
-    def _lending(
-        self, segment: Segment, layer: int, records: Array
-    ) -> Iterator[tuple[Array, Array, Array, Array | None]]:
-        """Records of a layer, part by part: numbers, where keys and values begin in them, and which of the records these are (None: all)."""
-        size = self.geometry.chunk_tokens * self._dims[layer]
-        if self._codec(segment, layer).stored_as_is:
-            for stored, which, of in self._reader.lend(segment, layer, records):
-                key_at = which * stored.shape[1]
-                yield stored.reshape(-1), key_at, key_at + size, of
-        else:
-            shape = (2, len(records), self.geometry.chunk_tokens, self._dims[layer])
-            decoded = self._staging.read_into(shape, lambda out: self._reader.read(segment, layer, records, out))
-            key_at = np.arange(len(records)) * size
-            yield storage_view(decoded).reshape(-1), key_at, key_at + len(records) * size, None
+    def _lend_as_is(self, layer: int, chosen: list[Chosen], shape: Sequence[int]) -> Iterator[tuple[Lent, Array]]:
+        """Where records lie: a part may be of several segments."""
+        lending = self._reader.lend(layer, [Wanted(each.segment, each.records) for each in chosen])
+        every = np.concatenate([each.places for each in chosen])
+        size, segments = self.geometry.chunk_tokens * self._dims[layer], [each.segment for each in chosen]
+        while True:
+            with self._reading(layer), self._naming(*segments):
+                found = next(lending, None)
+            if found is None:
+                return
+            stored, which, of = found
+            inside, at = _by_place(shape, every[of], which * stored.shape[1])
+            numbers = stored.reshape(-1)
+            yield Lent(numbers, numbers, at, at + size, _starts(inside), self.geometry.chunk_tokens), inside
+
+    def _lend_decoded(self, layer: int, chosen: Chosen, shape: Sequence[int]) -> tuple[Lent, Array]:
+        """In the staging buffer."""
+        segment, records, places = chosen
+        tokens, dim, count = self.geometry.chunk_tokens, self._dims[layer], len(records)
+        with self._reading(layer), self._naming(segment):
+            decoded = self._staging.read_into(
+                (2, count, tokens, dim), lambda out: self._reader.read(segment, layer, records, out)
+            )
+        inside, key_at = _by_place(shape, places, np.arange(count) * tokens * dim)
+        numbers = storage_view(decoded).reshape(-1)
+        return Lent(numbers, numbers, key_at, key_at + count * tokens * dim, _starts(inside), tokens), inside
 
     def expect(self, layer: int, chunks: Tensor, counts: Tensor | None) -> None:
         """Begin to bring in chunks that may be chosen soon: as in `lend`. What is not sealed yet is left alone."""
-        for segment, records, _ in self._sealed_records(layer, chunks, counts):
+        wanted = []
+        for segment, records, _ in self._chosen(self._sealed, chunks, counts):
             if self._device_tier is not None:
                 records = self._device_tier.absent(self._rows(segment, layer, records), self._shape(layer))
-            with self._naming(segment):
-                self._reader.expect(segment, layer, records)
+            wanted.append(Wanted(segment, records))
+        with self._naming(*(segment for segment, _ in wanted)):
+            self._reader.expect(layer, wanted)
 
     def weigh(self, layer: int, chunks: Tensor, counts: Tensor | None, weights: Tensor) -> None:
         """Say what chunks are worth to tiers that look at it: as in `lend`; weights (kv_heads, n)."""
-        for segment, records, inside in self._sealed_records(layer, chunks, counts):
-            of_records = weights.cpu().numpy()[inside]
+        for segment, records, places in self._chosen(self._sealed, chunks, counts):
+            of_records = weights.cpu().numpy().reshape(-1)[places]
             self._reader.weigh(segment, layer, records, of_records)
             if self._device_tier is not None:
                 self._device_tier.weigh(self._rows(segment, layer, records), self._shape(layer), of_records)
 
-    def _sealed_records(
-        self, layer: int, chunks: Tensor, counts: Tensor | None
-    ) -> Iterator[tuple[Segment, Array, Array]]:
-        """For each sealed part: its segment, the records of it among chosen chunks, and which those are, (kv_heads, n) of bool."""
+    @staticmethod
+    def _chosen(parts: list[Part], chunks: Tensor, counts: Tensor | None) -> Iterator[Chosen]:
+        """What each part has of chosen chunks."""
         wanted = chunks.cpu().numpy()
         heads, n = wanted.shape
         asked = np.ones((heads, n), bool) if counts is None else np.arange(n) < counts.cpu().numpy()[:, None]
-        for part in self._sealed:
-            inside = asked & (wanted >= part.first) & (wanted < part.stop)
-            if inside.any():
-                yield part.segment, ((wanted - part.first) * heads + self._heads[layer])[inside], inside
+        for part in parts:
+            places = np.flatnonzero(asked & (wanted >= part.first) & (wanted < part.stop))
+            if len(places):
+                yield Chosen(part.segment, (wanted.reshape(-1)[places] - part.first) * heads + places // n, places)
 
     def select(self, layer: int, chunks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of chosen chunks per KV head: chunks (kv_heads, n) -> (kv_heads, n * chunk_tokens, head_dim) twice."""
@@ -575,8 +585,14 @@ class History:
         self._behind.let_go(writer.discard if writer is not None else lambda: None)
 
 
-def _among(inside: Array, of: Array) -> Array:
-    """Of the true places of `inside`, row after row, those numbered `of`."""
-    places = np.zeros_like(inside)
-    places.reshape(-1)[np.flatnonzero(inside)[of]] = True
-    return places
+def _by_place(shape: Sequence[int], places: Array, values: Array) -> tuple[Array, Array]:
+    """Which places of `shape` are among `places`, of bool, and the values of those, (n,) each, row after row."""
+    inside, spread = np.zeros(shape, bool), np.empty(shape, np.int64)
+    inside.reshape(-1)[places] = True
+    spread.reshape(-1)[places] = values
+    return inside, spread[inside]
+
+
+def _starts(inside: Array) -> Array:
+    """How many true places are in the rows before each row, and in all: (rows + 1,)."""
+    return np.concatenate(([0], np.cumsum(inside.sum(1))))

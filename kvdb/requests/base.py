@@ -29,28 +29,33 @@ class Ticket:
     """
 
     __slots__ = (
-        "__weakref__", "addresses", "begun", "fd", "keep", "left", "maker", "offsets", "pending", "results", "sizes", "unsent",
+        "__weakref__", "addresses", "begun", "fds", "keep", "left", "maker", "offsets", "pending", "results", "sizes", "unsent",
     )  # fmt: skip
 
-    def __init__(self, maker: object, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> None:
-        self.maker, self.fd, self.keep = maker, fd, keep
+    def __init__(
+        self, maker: object, fds: int | Int64s, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object
+    ) -> None:
+        self.maker, self.keep = maker, keep
         self.offsets, self.sizes, self.addresses = offsets, sizes, addresses
         if not len(offsets) == len(sizes) == len(addresses):
             raise InvalidInput(
                 f"reads: {len(offsets)} offsets, {len(sizes)} sizes and {len(addresses)} addresses, expected as many of each; "
                 "give one of each for a read"
             )
+        self.fds = np.broadcast_to(np.asarray(fds), len(offsets))
         self.left = self.unsent = len(offsets)
         self.results: Int64s = np.zeros(self.left, np.int64)
         self.pending = np.ones(self.left, bool)
         self.begun = False
 
     def where(self) -> str:
-        """What is read, for a message."""
+        """What is read, for a message: of several files one that is not over."""
+        waiting = self.fds[self.pending] if self.pending.any() else self.fds
+        fd = int(waiting[0]) if len(waiting) else -1
         try:
-            return os.readlink(f"/proc/self/fd/{self.fd}")
+            return os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
-            return f"descriptor {self.fd}"
+            return f"descriptor {fd}"
 
 
 UNDER_WAY: Final[set[Ticket]] = set()
@@ -102,10 +107,11 @@ class Requests(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def ticket(self, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
+    def ticket(self, fds: int | Int64s, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
         """A batch of reads, to be sent: who has it already when it is sent knows what may be on its way if sending fails.
 
-        fd         open for reading until the reads are over, without O_NONBLOCK, which may make a read fail with EAGAIN
+        fds        one for all or (n,) int64, open for reading until the reads are over, without O_NONBLOCK, which may make a read fail with
+                   EAGAIN
         offsets    (n,) int64, 0 or more: bytes into the file. As `sizes` and `addresses`, not to be changed before the reads are over
         sizes      (n,) int64, 0 or more and less than 2 GiB each: bytes
         addresses  (n,) int64: where in memory the bytes go; as the file demands it (O_DIRECT: whole blocks at whole blocks)
@@ -122,9 +128,9 @@ class Requests(ABC):
                 them, and after an interrupt, `ticket.begun` tells whether reads may be on their way: then they are waited for as always
         """
 
-    def submit(self, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
+    def submit(self, fds: int | Int64s, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
         """`ticket`, then `send`: for memory that `keep` is all there is to know about."""
-        ticket = self.ticket(fd, offsets, sizes, addresses, keep)
+        ticket = self.ticket(fds, offsets, sizes, addresses, keep)
         self.send(ticket)
         return ticket
 

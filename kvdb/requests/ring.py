@@ -152,7 +152,7 @@ class Ring:
         """How many reads were put whose results were not dropped."""
         return (int(self._sq_tail[0]) - int(self._cq_head[0])) & 0xFFFFFFFF
 
-    def put(self, fd: int, offsets: Array, sizes: Array, addresses: Array, marks: Array) -> None:
+    def put(self, fds: Array, offsets: Array, sizes: Array, addresses: Array, marks: Array) -> None:
         """Queue reads; no more than there is room for: `capacity - unsent`. All of them or, where it fails, none.
 
         marks  (n,) uint64, which come back with the results
@@ -160,15 +160,14 @@ class Ring:
         start, count = int(self._sq_tail[0]), len(marks)
         at = start % self.capacity
         first = min(count, self.capacity - at)
-        self._fill(self._sqes[at : at + first], fd, offsets[:first], sizes[:first], addresses[:first], marks[:first])
-        if first < count:
-            rest = slice(first, count)
-            self._fill(self._sqes[: count - first], fd, offsets[rest], sizes[rest], addresses[rest], marks[rest])
+        for here, which in (
+            (self._sqes[at : at + first], slice(first)),
+            (self._sqes[: count - first], slice(first, count)),
+        ):
+            if len(here):
+                here["fd"], here["off"], here["len"] = fds[which], offsets[which], sizes[which]
+                here["addr"], here["user_data"] = addresses[which], marks[which]
         self._sq_tail[0] = (start + count) & 0xFFFFFFFF
-
-    def _fill(self, sqes: Array, fd: int, offsets: Array, sizes: Array, addresses: Array, marks: Array) -> None:
-        sqes["fd"], sqes["off"], sqes["len"] = fd, offsets, sizes
-        sqes["addr"], sqes["user_data"] = addresses, marks
 
     def send(self) -> None:
         """Let the kernel take what was put. Where it has no room for all now (`unsent`), send again later.

@@ -61,7 +61,7 @@ class _Pool:
 def _read(ticket: Ticket, index: int) -> int:
     try:
         return files.read_to(
-            ticket.fd, int(ticket.addresses[index]), int(ticket.sizes[index]), int(ticket.offsets[index])
+            int(ticket.fds[index]), int(ticket.addresses[index]), int(ticket.sizes[index]), int(ticket.offsets[index])
         )
     except OSError as error:
         return -(error.errno or errno.EIO)
@@ -96,8 +96,8 @@ class Threads(Requests):
         self._begin()
         self._pool.closed = was_closed
 
-    def ticket(self, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
-        return Ticket(self._pool, fd, offsets, sizes, addresses, keep)
+    def ticket(self, fds: int | Int64s, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
+        return Ticket(self._pool, fds, offsets, sizes, addresses, keep)
 
     def send(self, ticket: Ticket) -> None:
         check_maker(ticket, self._pool)

@@ -64,14 +64,14 @@ class Uring(Requests):
         self._queue = None
         self._beginning = threading.Lock()
 
-    def ticket(self, fd: int, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
+    def ticket(self, fds: int | Int64s, offsets: Int64s, sizes: Int64s, addresses: Int64s, keep: object) -> Ticket:
         if self._closed:
-            raise closed(f"descriptor {fd}")
+            raise closed(Ticket(None, fds, offsets, sizes, addresses, keep).where())
         if self._queue is None:
             with self._beginning:
                 if self._queue is None:
                     self._begin()
-        return Ticket(self._queue, fd, offsets, sizes, addresses, keep)
+        return Ticket(self._queue, fds, offsets, sizes, addresses, keep)
 
     def send(self, ticket: Ticket) -> None:
         self._queue_of(ticket).submit(ticket)
@@ -157,7 +157,7 @@ class _Queue:
             some, ticket = indices[:room], self.tickets[number]
             marks = some.astype(np.uint64) | np.uint64(number << 32)
             self._putting = _Putting(self.ring.tail, entry, some, indices[room:])
-            self.ring.put(ticket.fd, ticket.offsets[some], ticket.sizes[some], ticket.addresses[some], marks)
+            self.ring.put(ticket.fds[some], ticket.offsets[some], ticket.sizes[some], ticket.addresses[some], marks)
             self._finish_putting(self.ring)
         self.ring.send()
         if self.waiting:

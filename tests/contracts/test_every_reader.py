@@ -11,21 +11,18 @@ from strategies import geometries
 
 from kvdb import Geometry
 from kvdb.codecs import CodecPlan
-from kvdb.reader import Reader
+from kvdb.reader import Reader, Wanted
 from kvdb.readers import READERS
-from kvdb.segments import Segment
 
 every_reader = pytest.mark.parametrize("kind", READERS.values(), ids=READERS)
 
 
-def lent(reader: Reader, segment: Segment, layer: int, records: Array) -> Array:
+def lent(reader: Reader, layer: int, wanted: list[Wanted]) -> Array:
     """What `lend` gives, part by part, put together again: (n, numbers of a record)."""
-    parts = [
-        (stored[which], np.arange(len(records)) if of is None else of)
-        for stored, which, of in reader.lend(segment, layer, records)
-    ]
+    parts = [(stored[which], of) for stored, which, of in reader.lend(layer, wanted)]
     places = np.concatenate([np.empty(0, np.int64), *(of for _, of in parts)])
-    assert sorted(places.tolist()) == list(range(len(records)))
+    assert all((np.diff(of) > 0).all() for _, of in parts)
+    assert sorted(places.tolist()) == list(range(sum(len(records) for _, records in wanted)))
     rows = np.concatenate([rows for rows, _ in parts]) if parts else np.empty((0, 0), np.uint8)
     return rows[np.argsort(places)]
 
@@ -62,11 +59,41 @@ def test_any_records_in_any_order_are_read_bit_for_bit(
                     start = chunk * geometry.chunk_tokens
                     wanted = values[head, start : start + geometry.chunk_tokens]
                     assert found[: len(wanted)].tobytes() == wanted.tobytes()
-            reader.expect(segment, layer, np.array(data.draw(st.lists(st.integers(0, last), max_size=8)), np.int64))
-            assert lent(reader, segment, layer, records).tobytes() == out.swapaxes(0, 1).tobytes()
+            soon = np.array(data.draw(st.lists(st.integers(0, last), max_size=8)), np.int64)
+            reader.expect(layer, [Wanted(segment, soon)])
+            assert lent(reader, layer, [Wanted(segment, records)]).tobytes() == out.swapaxes(0, 1).tobytes()
             asked += 2 * len(records) * geometry.record_bytes(geometry.locate(layer)[0])
         assert reader.bytes_read == asked
         reader.close()
+
+
+@every_reader
+@given(data=st.data())
+def test_records_of_several_segments_are_lent_together(
+    kind: type[Reader], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """In any order, whatever is there already; the last segment is still being written."""
+    ids, folder = token_list(150), tmp_path_factory.mktemp("several")
+    skip_where_refused(kind, folder)
+    with opened(folder / "s") as db:
+        extend(db, ids[:128], geometry=TWO_GROUPS, segment_tokens=48, name="s")
+        writer = write_segment(db, token_list(40, 1), geometry=TWO_GROUPS)
+        segments = [*db.segments(db.sequence("s").spans), writer.segment]
+        reader, alone = kind(), kind()
+        for _ in range(3):
+            layer = data.draw(st.sampled_from([0, 3]))
+            wanted = []
+            for segment in data.draw(st.lists(st.sampled_from(segments), unique_by=id)):
+                last = segment.info.chunks * TWO_GROUPS.groups[TWO_GROUPS.locate(layer)[0]].kv_heads - 1
+                records = data.draw(st.lists(st.integers(0, last), max_size=8))
+                wanted.append(Wanted(segment, np.array(records, np.int64)))
+            if data.draw(st.booleans()):
+                reader.expect(layer, wanted)
+            expected = b"".join(alone.rows(segment, layer, records).tobytes() for segment, records in wanted)
+            assert lent(reader, layer, wanted).tobytes() == expected
+        reader.close()
+        alone.close()
+        db.commit(writer, token_list(40, 1))
 
 
 @every_reader

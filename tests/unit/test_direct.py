@@ -33,6 +33,8 @@ from kvdb.direct import DirectReader
 from kvdb.errors import Damaged, InvalidInput, OutOfMemory, Stalled, Unsupported
 from kvdb.format import SHARD_KEY, kv_array
 from kvdb.host import HostTier
+from kvdb.reader import Wanted
+from kvdb.requests import Ticket
 from kvdb.segments import Segment
 
 TOKENS = token_list(200)
@@ -77,16 +79,18 @@ def take(reader: DirectReader, way: str, segment: Segment, layer: int, records: 
     """Read records in one of the ways there are."""
     if way == "read":
         reader.read(segment, layer, records, np.empty((2, len(records), 16, 80), "<f2"))
+    elif way == "lend":
+        list(reader.lend(layer, [Wanted(segment, records)]))
     else:
-        list(getattr(reader, way)(segment, layer, records))
+        reader.rows(segment, layer, records)
 
 
 def test_parts_are_what_is_in_memory_and_then_what_comes(segment: Segment, db: KVDB, reader: DirectReader) -> None:
-    list(reader.lend(segment, 3, np.array([4, 8])))
+    list(reader.lend(3, [Wanted(segment, np.array([4, 8]))]))
     assert db.host is not None
     before = db.host.stats()
     records = np.array([8, 30, 4, 30, 5])
-    first, second = reader.lend(segment, 3, records)
+    first, second = reader.lend(3, [Wanted(segment, records)])
     assert first.of.tolist() == [0, 2]
     assert second.of.tolist() == [1, 3, 4]
     for part in (first, second):
@@ -97,6 +101,35 @@ def test_parts_are_what_is_in_memory_and_then_what_comes(segment: Segment, db: K
     assert (after["hits"], after["misses"]) == (before["hits"] + 2, before["misses"] + 3)  # type: ignore[operator]
     assert reader.bytes_read == 7 * ROW
     assert reader.bytes_fetched >= 4 * ROW
+
+
+def test_what_is_missing_of_all_segments_is_asked_for_in_one_batch(
+    db: KVDB, reader: DirectReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And told apart by segment where one of them is damaged."""
+    extend(db, TOKENS, geometry=TWO_GROUPS, segment_tokens=64, name="cut")
+    segments = db.segments(db.sequence("cut").spans)
+    assert len(segments) == 4
+    assert db.host is not None
+    reader.read(segments[1], 3, np.array([2, 5]), np.empty((2, 2, 16, 80), "<f2"))
+    requests, sent = db.host._sending(), list[Ticket]()
+    real = requests.send
+    monkeypatch.setattr(requests, "send", lambda ticket: (sent.append(ticket), real(ticket)))
+    wanted = [Wanted(segment, np.array([5, 2, 7, 5])) for segment in segments[:3]]
+    there, came = reader.lend(3, wanted)
+    assert there.of.tolist() == [4, 5, 7]
+    assert came.of.tolist() == [0, 1, 2, 3, 6, 8, 9, 10, 11]
+    (ticket,) = sent
+    assert len({*ticket.fds.tolist()}) == 3
+    for part in (there, came):
+        for i, number in zip(part.which.tolist(), part.of.tolist(), strict=True):
+            alone = reader.rows(segments[number // 4], 3, wanted[0].records[[number % 4]])
+            assert part.stored[i].tobytes() == alone.tobytes()
+    flip(shard(segments[2]), 3 * ROW + 5)
+    with pytest.raises(Damaged, match=f"segment {segments[2].info.segment}, layer 0, chunk 0, head 3") as e:
+        list(reader.lend(0, [Wanted(segment, np.arange(5)) for segment in segments[:3]]))
+    assert e.value.segment == segments[2].info.segment
+    flip(shard(segments[2]), 3 * ROW + 5)
 
 
 @given(data=st.data())
@@ -116,10 +149,9 @@ def test_lent_records_stay_what_they_are_while_others_come_and_go(
             layer, one = data.draw(st.sampled_from([0, 3])), data.draw(st.sampled_from(readers))
             records = np.array(data.draw(st.lists(st.integers(0, 59), min_size=1, max_size=20)), np.int64)
             seen = 0
-            for stored, which, of in one.lend(segment, layer, records):
-                assert of is not None
+            for stored, which, of in one.lend(layer, [Wanted(segment, records)]):
                 seen += len(of)
-                one.expect(segment, 3, np.arange(30))
+                one.expect(3, [Wanted(segment, np.arange(30))])
                 expected = records_of(segment, layer, records[of])
                 for _ in range(2):
                     assert np.array_equal(stored[which].view(expected.dtype), expected)
@@ -135,14 +167,14 @@ def test_lent_records_stay_what_they_are_while_others_come_and_go(
 
 def test_what_is_expected_is_not_read_again(segment: Segment, reader: DirectReader) -> None:
     records = np.arange(0, 40, 3)
-    reader.expect(segment, 3, records)
+    reader.expect(3, [Wanted(segment, records)])
     fetched = reader.bytes_fetched
     assert fetched >= len(records) * ROW
     reader.read(segment, 3, records, np.empty((2, len(records), 16, 80), "<f2"))
     assert reader.bytes_fetched == fetched
-    reader.expect(segment, 3, records[:0])
+    reader.expect(3, [Wanted(segment, records[:0])])
     with pytest.raises(InvalidInput, match="records"):
-        reader.expect(segment, 3, np.array([-1]))
+        reader.expect(3, [Wanted(segment, np.array([-1]))])
 
 
 @pytest.mark.parametrize("trouble", [OSError(errno.EIO, "I/O error"), OutOfMemory("no memory")])
@@ -153,7 +185,7 @@ def test_what_fails_while_it_is_expected_shows_when_it_is_read(
         raise trouble
 
     monkeypatch.setattr(HostTier, "lease", lease)
-    reader.expect(segment, 3, np.arange(4))
+    reader.expect(3, [Wanted(segment, np.arange(4))])
     with pytest.raises(type(trouble)):
         reader.read(segment, 3, np.arange(4), np.empty((2, 4, 16, 80), "<f2"))
 
@@ -208,10 +240,10 @@ def test_what_is_being_written_is_read_through_the_page_cache(db: KVDB, reader: 
     )
     assert db.host is not None
     assert db.host.stats()["misses"] == 0
-    (part,) = reader.lend(writer.segment, 0, np.array([3, 1]))
+    (part,) = reader.lend(0, [Wanted(writer.segment, np.array([3, 1]))])
     expected = records_of(writer.segment, 0, np.array([3, 1]))
     assert np.array_equal(part.stored[part.which].view(expected.dtype), expected)
-    reader.expect(writer.segment, 0, np.array([3, 1]))
+    reader.expect(0, [Wanted(writer.segment, np.array([3, 1]))])
     db.commit(writer, TOKENS)
 
 
@@ -219,7 +251,7 @@ def test_coded_records_are_decoded_and_not_lent(db: KVDB, reader: DirectReader) 
     writer = write_segment(db, TOKENS, geometry=TWO_GROUPS, fidelity="int4", codec=CodecPlan.parse("int4"))
     segment = db.commit(writer, TOKENS).segment
     with pytest.raises(InvalidInput, match="coded, expected records as they are"):
-        next(reader.lend(segment, 3, np.array([1])))
+        next(reader.lend(3, [Wanted(segment, np.array([1]))]))
     plain = np.empty((2, 60, 16, 80), "<f2")
     with KVDB.open(db.path, "r") as by_map:
         by_map.reader().read(segment, 3, np.arange(60), plain)
@@ -243,7 +275,7 @@ def test_a_device_that_does_not_answer_is_stalled_and_other_records_are_read(
         ((array, file),) = [(a, f) for a, f in reader._direct.items() if 3 in a.info.geometry.groups[a.group].layers]
         file.fd = out
         if way == "expect":
-            reader.expect(segment, 3, np.array([5]))
+            reader.expect(3, [Wanted(segment, np.array([5]))])
         for _ in range(2):
             with pytest.raises(Stalled, match="try again"):
                 take(reader, "lend" if way == "expect" else way, segment, 3, np.array([5]))
@@ -288,7 +320,7 @@ def test_no_descriptor_stays_open(tmp_path: Path) -> None:
         with KVDB.open(tmp_path / "s", read_mode="direct", host_budget="1MiB") as db:
             segment = extend(db, TOKENS, geometry=TWO_GROUPS).last
             reader = db.reader()
-            reader.expect(segment, 0, np.arange(50))  # type: ignore[attr-defined]
+            reader.expect(0, [Wanted(segment, np.arange(50))])  # type: ignore[attr-defined]
             reader.close()  # while it may be in flight
             assert_reads_back(db, TOKENS, db.match(segment_identity(db), TOKENS).spans)
     assert len(os.listdir("/proc/self/fd")) == len(before)

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvdb import files
-from kvdb.arrivals import Arrival, RowFile
+from kvdb.arrivals import Arrival, FileRows, RowFile
 from kvdb.available import available_bytes
 from kvdb.errors import Damaged, InvalidInput, Stalled, Unsupported
 from kvdb.host import HostTier, Lease
@@ -57,6 +57,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
                 row_bytes=row_bytes,
                 rows=rows,
                 align=align,
+                segment="any",
                 where=f"file {path}",
                 path=path,
             )
@@ -79,7 +80,14 @@ def pipe() -> Iterator[tuple[RowFile, int]]:
 
 def stalled_file(fd: int) -> RowFile:
     return RowFile(
-        key=(-1, -1, -1), fd=fd, row_bytes=4096, rows=8, align=512, where="file stalled", path=Path("stalled")
+        key=(-1, -1, -1),
+        fd=fd,
+        row_bytes=4096,
+        rows=8,
+        align=512,
+        segment="stalled",
+        where="file stalled",
+        path=Path("stalled"),
     )
 
 
@@ -87,9 +95,18 @@ def content(file: RowFile) -> Array:
     return np.fromfile(file.path, np.uint8).reshape(-1, file.row_bytes)
 
 
+def lease_of(tier: HostTier, file: RowFile, rows: Array, *, only_slots: bool = False) -> Lease:
+    return tier.lease([FileRows(file, rows)], only_slots=only_slots)
+
+
+def contents(lease: Lease) -> Array:
+    """What it must give."""
+    return np.concatenate([content(file)[rows] for file, rows in lease.wanted])
+
+
 def shown(tier: HostTier, lease: Lease) -> Array:
     """What a lease gives, part by part."""
-    found = np.zeros((len(lease.rows), lease.file.row_bytes), np.uint8)
+    found = np.zeros((len(lease.slots), lease.pool.row_bytes), np.uint8)
     filled = np.zeros(len(found), int)
     for memory, which, places in tier.parts(lease, PATIENCE_S):
         found[places] = memory[which]
@@ -99,7 +116,7 @@ def shown(tier: HostTier, lease: Lease) -> Array:
 
 
 def read(tier: HostTier, file: RowFile, rows: list[int] | Array) -> Array:
-    lease = tier.lease(file, np.array(rows, np.int64))
+    lease = lease_of(tier, file, np.array(rows, np.int64))
     try:
         return shown(tier, lease)
     finally:
@@ -135,29 +152,46 @@ def test_what_is_leased_is_what_the_file_holds_whatever_is_evicted(
     budget = data.draw(st.integers(0, 40)) << 12
     tier = HostTier(budget, policy)
     for number, row in enumerate(
-        data.draw(st.lists(st.sampled_from([64, 512, 1536, 2624, 4096, 70_000]), min_size=1, max_size=3))
+        data.draw(st.lists(st.sampled_from([64, 512, 1536, 2624, 4096, 70_000]), min_size=1, max_size=4))
     ):
         path = folder / f"{number}"
         path.write_bytes(np.random.default_rng(number).integers(0, POISON, 24 * row, np.uint8).tobytes())
         fd = files.open_read(path)
         align = files.make_direct(fd, path)
         opened.append(
-            RowFile(key=(0, number, 0), fd=fd, row_bytes=row, rows=24, align=align, where=f"file {path}", path=path)
+            RowFile(
+                key=(0, number, 0),
+                fd=fd,
+                row_bytes=row,
+                rows=24,
+                align=align,
+                segment="any",
+                where=f"file {path}",
+                path=path,
+            )
         )
     for _ in range(data.draw(st.integers(1, 8))):
-        file = data.draw(st.sampled_from(opened))
-        rows = np.array(data.draw(st.lists(st.integers(0, 23), max_size=10)), np.int64)
+        some = data.draw(st.lists(st.sampled_from(opened), min_size=1, unique_by=id))
+        file = some[0]
+        wanted = [
+            FileRows(each, np.array(data.draw(st.lists(st.integers(0, 23), max_size=10)), np.int64))
+            for each in some
+            if each.row_bytes == file.row_bytes
+        ]
+        rows = wanted[0].rows
         act = data.draw(st.sampled_from(["read", "hold", "let go", "expect", "forget", "drop", "weigh"]))
         if act == "read":
-            assert np.array_equal(read(tier, file, rows), content(file)[rows])
+            lease = tier.lease(wanted)
+            assert np.array_equal(shown(tier, lease), contents(lease))
+            tier.release(lease)
         elif act == "hold":
-            lease = tier.lease(file, rows)
+            lease = tier.lease(wanted)
             tier.wait(lease, PATIENCE_S)
             held.append(lease)
         elif act == "let go" and held:
             tier.release(held.pop())
         elif act == "expect":
-            tier.release(tier.lease(file, rows))
+            tier.release(tier.lease(wanted, only_slots=data.draw(st.booleans())))
         elif act == "forget":
             tier.forget(file, rows)
         elif act == "drop":
@@ -167,7 +201,7 @@ def test_what_is_leased_is_what_the_file_holds_whatever_is_evicted(
             tier.weigh(file, rows, np.ones(len(rows)))
         poison(tier)
         for lease in held:
-            assert np.array_equal(shown(tier, lease), content(lease.file)[lease.rows])
+            assert np.array_equal(shown(tier, lease), contents(lease))
         assert tier.used_bytes <= budget
     for lease in held:
         tier.release(lease)
@@ -195,11 +229,11 @@ def test_memory_never_exceeds_the_budget(make: Make) -> None:
 
 def test_what_is_in_memory_is_not_read_again(make: Make) -> None:
     file, tier = make(4096, 64), HostTier(1 << 20)
-    first = tier.lease(file, np.array([3, 9, 3, 10]))
-    again = tier.lease(file, np.array([10, 9, 11]))  # two of them on their way
+    first = lease_of(tier, file, np.array([3, 9, 3, 10]))
+    again = lease_of(tier, file, np.array([10, 9, 11]))  # two of them on their way
     assert (first.fetched, again.fetched) == (3 * 4096, 4096)
     for lease in (again, first):
-        assert np.array_equal(shown(tier, lease), content(file)[lease.rows])
+        assert np.array_equal(shown(tier, lease), contents(lease))
         tier.release(lease)
     assert {k: v for k, v in tier.stats().items() if k != "bytes"} == {
         "hits": 2, "misses": 5, "admitted": 4, "evicted": 0, "budget_bytes": 1 << 20, "policy": "lru",
@@ -246,7 +280,7 @@ def test_threads_read_what_the_files_hold(make: Make) -> None:
                 which = int(rng.integers(2))
                 rows = rng.integers(0, 300, 40)
                 if rng.integers(3) == 0:
-                    tier.release(tier.lease(opened[which], rng.integers(0, 300, 40)))
+                    tier.release(lease_of(tier, opened[which], rng.integers(0, 300, 40)))
                 if not np.array_equal(read(tier, opened[which], rows), wanted[which][rows]):
                     wrong.append((seed, rows))
         except BaseException as e:
@@ -268,7 +302,7 @@ def test_threads_read_what_the_files_hold(make: Make) -> None:
 def test_a_device_that_does_not_answer_stalls_one_read_and_no_others(make: Make, pipe: tuple[RowFile, int]) -> None:
     stuck, into = pipe
     tier, well = HostTier(32 * 4096), make(4096, 100)
-    lease = tier.lease(stuck, np.array([5]))
+    lease = lease_of(tier, stuck, np.array([5]))
     with pytest.raises(Stalled, match="1 of 1 reads are not over"):
         tier.wait(lease, 0.05)
     tier.release(lease)
@@ -276,7 +310,7 @@ def test_a_device_that_does_not_answer_stalls_one_read_and_no_others(make: Make,
         rows = np.arange(first, first + 20)
         assert np.array_equal(read(tier, well, rows), content(well)[rows])
         poison(tier)
-    again = tier.lease(stuck, np.array([5, 5]))
+    again = lease_of(tier, stuck, np.array([5, 5]))
     assert again.fetched == 0
     with pytest.raises(Stalled):
         tier.wait(again, 0.05)
@@ -291,7 +325,7 @@ def test_threads_that_wait_for_the_same_stalled_read_all_have_their_deadline(pip
     tier, said = HostTier(1 << 20), []
 
     def work() -> None:
-        lease = tier.lease(stuck, np.array([1]))
+        lease = lease_of(tier, stuck, np.array([1]))
         try:
             tier.wait(lease, 0.2)
         except Stalled as e:
@@ -312,7 +346,7 @@ def test_threads_that_wait_for_the_same_stalled_read_all_have_their_deadline(pip
 def test_closing_does_not_wait_for_a_device_that_never_answers(pipe: tuple[RowFile, int]) -> None:
     stuck, into = pipe
     tier = HostTier(1 << 20)
-    lease = tier.lease(stuck, np.array([1]))
+    lease = lease_of(tier, stuck, np.array([1]))
     tier.release(lease)
     tier.close(0.05)
     os.write(into, bytes(4096))
@@ -321,7 +355,7 @@ def test_closing_does_not_wait_for_a_device_that_never_answers(pipe: tuple[RowFi
 def test_a_descriptor_that_is_still_read_through_is_closed_when_that_is_over() -> None:
     out, into = os.pipe()
     tier, stuck = HostTier(1 << 20), stalled_file(out)
-    tier.release(tier.lease(stuck, np.array([0])))
+    tier.release(lease_of(tier, stuck, np.array([0])))
     assert tier.retire(stuck)
     os.fstat(out)
     os.write(into, bytes(4096))
@@ -365,8 +399,8 @@ def test_what_could_not_be_sent_is_waited_for_by_nobody(
 
     monkeypatch.setattr(requests, "send", send)
     with pytest.raises(type(trouble)):
-        tier.lease(file, np.arange(600))
-    lease = tier.lease(file, np.arange(600))
+        lease_of(tier, file, np.arange(600))
+    lease = lease_of(tier, file, np.arange(600))
     assert lease.fetched == (600 - 256) * 4096
     assert np.array_equal(shown(tier, lease), content(file))
     tier.release(lease)
@@ -415,7 +449,7 @@ def test_an_interrupt_anywhere_leaves_no_wrong_row_and_nothing_pinned(
         pytest.skip(str(why))
     monkeypatch.setattr("kvdb.host.best_requests", REQUESTS[kind])
     monkeypatch.setattr("kvdb.host._PIECE_ROWS", 5)
-    file, count = make(row, 40), 0
+    file, other, count = make(row, 40), make(row, 40, 1), 0
     wanted, rows = content(file), np.arange(24)
     while True:
         count += 7  # of about 1700 places, and each takes 3 ms
@@ -423,7 +457,7 @@ def test_an_interrupt_anywhere_leaves_no_wrong_row_and_nothing_pinned(
         read(tier, file, [0, 1, 30])
 
         def use(tier: HostTier = tier) -> None:
-            lease = tier.lease(file, rows)
+            lease = tier.lease([FileRows(file, rows), FileRows(other, rows[:3])])
             try:
                 tier.wait(lease, PATIENCE_S)
             finally:
@@ -431,7 +465,7 @@ def test_an_interrupt_anywhere_leaves_no_wrong_row_and_nothing_pinned(
 
         came = Interrupt(count).during(use)
         for some in (rows[:10], np.arange(40)[::-1], rows):
-            lease = tier.lease(file, some)
+            lease = lease_of(tier, file, some)
             assert np.array_equal(shown(tier, lease), wanted[some]), count
             tier.release(lease)
             poison(tier)
@@ -454,7 +488,7 @@ def test_the_garbage_collector_may_let_go_while_we_hold_the_lock(
 ) -> None:
     """A finalizer runs at any allocation: here of the bookkeeping of a lease, under the lock."""
     file, tier = make(4096, 20), HostTier(1 << 20)
-    leases = [tier.lease(file, np.array([3, 4]))]
+    leases = [lease_of(tier, file, np.array([3, 4]))]
     tier.wait(leases[0], PATIENCE_S)
 
     class Cycle: ...
@@ -508,10 +542,10 @@ def test_slots_of_reads_that_went_off_stay_pinned_whatever_became_of_the_call(
 
     monkeypatch.setattr(requests, "send", send)
     with pytest.raises(type(trouble)):
-        tier.lease(stuck, np.array([2]))
+        lease_of(tier, stuck, np.array([2]))
     for first in range(0, 200, 50):
         rows = np.arange(first, first + 50)
-        lease = tier.lease(well, rows)
+        lease = lease_of(tier, well, rows)
         tier.wait(lease, PATIENCE_S)
         if first == 150:
             os.write(into, bytes([POISON]) * 4096)
@@ -534,7 +568,7 @@ def test_what_nobody_will_wait_for_takes_no_memory_beside_the_budget(
 
     monkeypatch.setattr(HostTier, "_pieces", watched)
     file, tier = make(4096, 100), HostTier(16 * 4096)
-    lease = tier.lease(file, np.arange(100), only_slots=True)
+    lease = lease_of(tier, file, np.arange(100), only_slots=True)
     assert (private, lease.fetched) == ([], 16 * 4096)
     tier.release(lease)
     assert np.array_equal(read(tier, file, np.arange(100)), content(file))
@@ -545,7 +579,7 @@ def test_what_nobody_will_wait_for_takes_no_memory_beside_the_budget(
 @pytest.mark.parametrize("timeout_s", [float("inf"), 1e10])
 def test_a_deadline_may_be_as_far_away_as_one_likes(make: Make, timeout_s: float) -> None:
     file, tier = make(4096, 20), HostTier(1 << 20)
-    lease = tier.lease(file, np.arange(20))
+    lease = lease_of(tier, file, np.arange(20))
     tier.wait(lease, timeout_s)
     assert np.array_equal(shown(tier, lease), content(file))
     tier.release(lease)
@@ -572,23 +606,23 @@ sys.path.append(sys.argv[1])
 from test_host import *
 path, rows = Path(sys.argv[2]), np.arange(20)
 fd = files.open_read(path)
-file = RowFile(key=(1, 1, 1), fd=fd, row_bytes=4096, rows=20, align=files.make_direct(fd, path), where="file", path=path)
+file = RowFile(key=(1, 1, 1), fd=fd, row_bytes=4096, rows=20, align=files.make_direct(fd, path), segment="any", where="file", path=path)
 tier = HostTier(1 << 20)
-held = tier.lease(file, rows)
+held = lease_of(tier, file, rows)
 tier.wait(held, 20)
-tier.release(tier.lease(stalled_file(os.pipe()[0]), np.array([0])))  # something is always in flight
+tier.release(lease_of(tier, stalled_file(os.pipe()[0]), np.array([0])))  # something is always in flight
 pid = os.fork()
 if pid == 0:
     assert tier.stats()["bytes"] == 0
     assert np.array_equal(held.pool.view[held.slots], content(file))  # what was leased is still good
     tier.release(held)
-    lease = tier.lease(file, rows)
+    lease = lease_of(tier, file, rows)
     assert lease.fetched == 20 * 4096
     assert np.array_equal(shown(tier, lease), content(file))
     tier.release(lease)
     tier.close()
     os._exit(7)
-print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), tier.lease(file, rows).fetched)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lease_of(tier, file, rows).fetched)
 tier.close(0.1)
 """
     file = make(4096, 20)

@@ -20,7 +20,7 @@ from kvdb import KVDB, files
 from kvdb.errors import Damaged, InvalidInput
 from kvdb.geometry import as_float32
 from kvdb.mapped import MmapReader, _resident, _runs
-from kvdb.reader import Reader, Verified
+from kvdb.reader import Reader, Verified, Wanted
 from kvdb.readers import READERS
 from kvdb.segments import Segment, layout
 
@@ -250,12 +250,11 @@ def test_what_is_in_memory_is_lent_while_the_rest_arrives(segment: Segment, monk
     monkeypatch.setattr(files, "resident_pages", resident_pages)
     reader._doubts, expected = 9, {"late": [1, 2, 4], "there": [0, 3]}
     calls.clear()
-    parts = reader.lend(segment, 0, records)
+    parts = reader.lend(0, [Wanted(segment, records)])
     stored, which, of = next(parts)
-    assert (of is not None and of.tolist(), set(calls)) == (expected["there"], {"begun"})
+    assert (of.tolist(), set(calls)) == (expected["there"], {"begun"})
     assert np.array_equal(stored[which].view(np.uint8), whole[[0, 3]])
     stored, which, of = next(parts)
-    assert of is not None
     assert of.tolist() == expected["late"]
     assert "waited" in calls
     assert np.array_equal(stored[which].view(np.uint8), whole[[1, 2, 4]])
@@ -271,12 +270,12 @@ def test_what_is_expected_is_begun_and_not_waited_for(segment: Segment, monkeypa
     reader = MmapReader()
     with monkeypatch.context() as waiting:
         waiting.setattr(files, "populate", lambda *_: pytest.fail("waited"))
-        reader.expect(segment, 0, np.arange(5))
-        reader.expect(segment, 0, np.arange(0))
+        reader.expect(0, [Wanted(segment, np.arange(5))])
+        reader.expect(0, [Wanted(segment, np.arange(0))])
     assert sum(begun) >= 5 * reader.rows(segment, 0, np.arange(1)).nbytes
     assert not reader._open[segment.info.segment, 0].seen[1:5].any()
     with pytest.raises(InvalidInput, match=r"records 99\.\.99"):
-        reader.expect(segment, 0, np.array([99]))
+        reader.expect(0, [Wanted(segment, np.array([99]))])
     reader.close()
 
 

@@ -81,7 +81,7 @@ def test_every_mark_comes_back_once_however_often_the_ring_has_gone_round(tmp_pa
     for turn in range(200):
         count = int(rng.integers(0, 9))
         offsets, marks = rng.integers(0, 256, count), rng.integers(0, 2**64, count, np.uint64)
-        queue.put(fd, offsets, np.ones(count, np.int64), room.ctypes.data + np.arange(count), marks)
+        queue.put(np.full(count, fd), offsets, np.ones(count, np.int64), room.ctypes.data + np.arange(count), marks)
         assert queue.unsent == count
         queue.send()
         assert queue.unsent == 0

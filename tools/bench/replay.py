@@ -247,7 +247,7 @@ def _measure(setting: Setting) -> Measured:
         return (_all if setting.way == "all" else _selected)(db, setting, track, rest)
 
 
-def _one_by_one(rows: Array, slots: Array, row_bytes: int) -> extents.Extents:
+def _one_by_one(files: Array, rows: Array, slots: Array, row_bytes: int) -> extents.Extents:
     """As `kvdb.extents.exactly`, and neighbours are not asked for together."""
     every = np.arange(len(rows))
     return extents.Extents(rows * row_bytes, np.full(len(rows), row_bytes), every, every, np.zeros_like(every))
