@@ -296,7 +296,7 @@ class _Queue:
 
     def _sleep(self, ticket: Ticket | None, count: int, timeout_s: float | None) -> None:
         """Sleep in the kernel for `count` results, or a nap, or `timeout_s`; not at all if someone does already, or if nothing of `ticket`
-        is left, whose results another thread may have taken since the caller looked. Then take what came.
+        is left, whose results another thread may have taken since the caller looked, nor if the kernel has nothing. Then take what came.
         """
         mine = False
         try:
@@ -304,6 +304,8 @@ class _Queue:
                 self._look()
                 ring = self.ring
                 if self._someone_sleeps or ring is None or (ticket is not None and not ticket.left):
+                    return
+                if not ring.in_flight:  # nothing would wake it: what came just now made room for what waits to be sent
                     return
                 self._someone_sleeps = mine = True
             nap_s = _NAP_S if count > 1 or ring.unsent else NAP_S
