@@ -12,12 +12,15 @@ decoded from under a memory limit, in ways that take turns, each in a process of
     mapped    through the page cache, never reading ahead
     memory    with no limit, through the page cache, every record that these steps select in memory before the first one
     apart     under the limit, many reads at a time, each step's from the disk: nothing is kept
-    single    the same, and records that lie one after the other are asked for one by one
+    early     the same, always reading ahead
+    single    as `apart`, and records that lie one after the other are asked for one by one
+    reads     what `apart` reads, layer by layer, with nothing computed: what is to be read is known beforehand
     all       all KV under the limit, in large sequential reads one part ahead of dense attention (`kvdb.tools.bench.sequential`)
 
 The limit counts what a process allocates and reads once its abstracts are loaded (`kvdb.tools.bench.capped`); at first it is full of something
 else. Without --compute a step is attention alone, with nothing that reading could hide behind; with it, each layer also has its matrix
-products (`kvdb.tools.bench.products`). With --codec the store's KV is coded; what `all` reads is not.
+products (`kvdb.tools.bench.products`). Were all that is shorter hidden behind what is longer, a step would take as long as `memory`, which computes,
+or as `reads`. With --codec the store's KV is coded; what `all` reads is not.
 """
 
 from __future__ import annotations
@@ -60,13 +63,13 @@ from kvdb.tools.bench.sequential import Sequential, fastest
 from kvdb.tools.bench.setup import median, write_result
 from kvdb.tools.bench.synthetic import file_system, scratch
 
-NOTHING_KEPT: Final = ("apart", "single")
+NOTHING_KEPT: Final = ("apart", "early", "single", "reads")
 DIRECT: Final = ("capped", "ahead", "behind", *NOTHING_KEPT)
 WAYS: Final = (*DIRECT, "mapped", "memory", "all")
-AHEAD: Final = {"capped": None, "ahead": True}
+AHEAD: Final = {"capped": None, "ahead": True, "early": True}
 HOST_SHARE: Final = 0.85
 """Of the limit, for the host tier."""
-FEWER: Final = {"apart": 2, "single": 2, "all": 8}
+FEWER: Final = {**dict.fromkeys(NOTHING_KEPT, 2), "all": 8}
 """Of the slow ways, one step in so many."""
 TEXTS: Final = 4
 TEXT_TOKENS: Final = 8032
@@ -172,7 +175,7 @@ def run(
                 raise InvalidInput(
                     f"replay: limit is {limit}, of which a process was ended, expected room for what it computes; give it more"
                 ) from e
-    rows = [_row(way, found[way], found["memory"]) for way in chosen]
+    rows = [_row(way, found[way], found) for way in chosen]
     kv_bytes, kept = shape.geometry.token_bytes * tokens, found["memory"][0].kept_bytes
     title = f"{tokens} tokens, {kv_bytes >> 20} MiB of KV, {kept >> 20} MiB of abstracts, {limit} for the rest"
     for table in _tables(rows, title):
@@ -186,14 +189,18 @@ def run(
     write_result(f"replay-{tokens}{how}", {**told, "rows": rows})
 
 
-def _row(way: str, turns: list[Measured], base: list[Measured]) -> dict[str, Any]:
+def _row(way: str, turns: list[Measured], found: dict[str, list[Measured]]) -> dict[str, Any]:
+    """largest_ratio: to what computes, or what reads, whichever takes longer; None where the latter was not measured."""
+    base, reads = found["memory"], found.get("reads")
     every, base_ms = ([ms for turn in which for ms in turn.ms] for which in (turns, base))
     ratios = [median(own.ms) / median(memory.ms) for own, memory in zip(turns, base, strict=True)]
+    terms = [max(median(one.ms), median(other.ms)) for one, other in zip(base, reads or [], strict=False)]
     p99 = float(np.percentile(every, 99))
     stages = {stage: median([turn.stage_ms[stage] for turn in turns]) for stage in turns[0].stage_ms}
     return {
         "way": way, "ms": median(every), "p99_ms": p99, "ratio": median(ratios), "ratios": ratios,
         "p99_ratio": p99 / float(np.percentile(base_ms, 99)),
+        "largest_ratio": median([median(own.ms) / term for own, term in zip(turns, terms, strict=True)]) if reads else None,
         "disk_bytes": float(np.mean([count for turn in turns for count in turn.disk_bytes])),
         "read_bytes": median([turn.read_bytes for turn in turns]), "stage_ms": {s: ms for s, ms in stages.items() if ms},
         "read_way": turns[-1].read_way, "ahead": turns[-1].ahead,
@@ -201,12 +208,15 @@ def _row(way: str, turns: list[Measured], base: list[Measured]) -> dict[str, Any
 
 
 def _tables(rows: list[dict[str, Any]], title: str) -> list[Table]:
-    times = Table("way", "ms", "p99 ms", "/ memory", "p99 / its p99", "read MiB", "from disk", title=title)
+    times = Table(
+        "way", "ms", "p99 ms", "/ memory", "p99 / its p99", "/ larger of memory, reads", "read MiB", "from disk", title=title
+    )  # fmt: skip
     stages = [stage for stage in STAGES if any(stage in r["stage_ms"] for r in rows)]
     where = Table("way", *stages, title="ms of a step, by stage")
     for r in rows:
         times.add_row(
             r["way"], f"{r['ms']:.0f}", f"{r['p99_ms']:.0f}", f"{r['ratio']:.2f}", f"{r['p99_ratio']:.2f}",
+            f"{r['largest_ratio']:.2f}" if r["largest_ratio"] else "",
             f"{r['read_bytes'] / 2**20:.0f}", f"{r['disk_bytes'] / 2**20:.1f}",
         )  # fmt: skip
         if r["stage_ms"]:
@@ -244,7 +254,9 @@ def _measure(setting: Setting) -> Measured:
     rest = Products() if setting.compute else None
     single = patch.object(arrivals, "exactly", _one_by_one) if setting.way == "single" else contextlib.nullcontext()
     with single, KVDB.open(setting.store, "r", **setting.open) as db:
-        return (_all if setting.way == "all" else _selected)(db, setting, track, rest)
+        if setting.way == "all":
+            return _all(db, setting, track, rest)
+        return _reads(db, setting, track) if setting.way == "reads" else _selected(db, setting, track, rest)
 
 
 def _one_by_one(files: Array, rows: Array, slots: Array, row_bytes: int) -> extents.Extents:
@@ -287,6 +299,35 @@ def _selected(db: KVDB, setting: Setting, track: Track, rest: Products | None) -
         }
         measured.ahead = cache.prefetch.stats()["why"]
         measured.kept_bytes = cache.stats()["abstract_bytes_resident"]
+        cache.close()
+    return measured
+
+
+def _reads(db: KVDB, setting: Setting, track: Track) -> Measured:
+    measured, shards = Measured(), _shards(setting.store)
+    cache, asked = _restored(db, setting), list[tuple[int, torch.Tensor, torch.Tensor | None]]()
+    history = cache.rows[0]
+    lend: Callable[..., Iterator[Any]] = history.lend
+
+    def noted(*chosen: Any) -> Iterator[Any]:
+        asked.append(chosen)
+        return lend(*chosen)
+
+    def read(step: int) -> None:
+        for chosen in asked[step * setting.shape.layers : (step + 1) * setting.shape.layers]:
+            for _ in lend(*chosen):
+                pass
+
+    with patch.object(history, "lend", noted):
+        for number in range(setting.warm + setting.steps):
+            ids = torch.from_numpy(track.ids[None, number : number + 1].astype(np.int64))
+            _step(cache, ids, layer_steps(setting.shape, track, number), None)
+    with _full(setting):
+        for number in range(setting.warm, setting.warm + setting.steps):
+            _drop(cache, shards)
+            before = cache._reader.bytes_read
+            _time(measured, partial(read, number))
+            measured.read_bytes += (cache._reader.bytes_read - before) / setting.steps
         cache.close()
     return measured
 
