@@ -277,7 +277,8 @@ class Reader(ABC):
             yield Lending(stored.view(located[0].array.info.geometry.storage_dtype), which, of)
 
     def expect(self, layer: int, wanted: Sequence[Wanted]) -> None:
-        """Begin to bring records in that may be asked for soon, and return at once. What fails shows when they are read.
+        """Begin to bring records in that may be asked for soon, and return at once. What fails shows when they are read. What is lent stays
+        good.
 
         wanted  as for `lend`
         raises  InvalidInput as `read`
@@ -287,7 +288,9 @@ class Reader(ABC):
             self._begin(located)
 
     def weigh(self, segment: Segment, layer: int, records: Array, weights: Array) -> None:
-        """Say what records, none twice, are worth: their share of attention mass, (n,) float. For a tier whose policy looks at it."""
+        """Say what records, none twice, are worth: their share of attention mass, (n,) float. For a tier whose policy looks at it. What is lent
+        stays good.
+        """
         return
 
     def absent_bytes(self, segment: Segment) -> int:

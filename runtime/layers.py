@@ -7,6 +7,7 @@ with something else. Sliding-window layers stay what they are in transformers an
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -292,11 +293,13 @@ class FullLayer(_FixedShape, DynamicLayer):
         with span("score", index):
             scores = cache.rule.score(cache.selector, query, resident, take)
             chosen = cache.rule.plan(scores, take, cache.forced, tail_lse, reads_nothing)
+        lent = row.lend(index, chosen.chunks, chosen.counts)
+        first = next(lent, None)  # what is missing is on its way, while the rest of all this is computed
         with span("estimate", index):
             estimate = cache.selector.estimate(query, resident, scores, chosen)
         cache.note_choice(row, index, scores, chosen, estimate)
         measured = np.empty((*chosen.chunks.shape, query.shape[1]), np.float32) if cache.sampling else None
-        for part, places in row.lend(index, chosen.chunks, chosen.counts):
+        for part, places in chain(() if first is None else (first,), lent):
             with span("attend", index):
                 if measured is None:
                     running.add(part)
