@@ -33,6 +33,10 @@ class MmapReader(Reader):
         super().__init__(verify, verified)
         self._faults, self._doubts = files.major_faults(), 0
 
+    @property
+    def loses(self) -> bool:
+        return self._doubts > 0
+
     def _prepare(self, array: OpenArray, payload_bytes: int) -> None:
         array.base = files.mmap(array.fd, payload_bytes)
         array.base.madvise(_mmap.MADV_RANDOM)

@@ -215,6 +215,11 @@ class Reader(ABC):
         self._plane_digests: dict[_AbstractKey, list[str]] = {}
 
     @property
+    def loses(self) -> bool:
+        """Whether what was in memory was found gone lately: another way to read may do better."""
+        return False
+
+    @property
     def unpacked_bytes(self) -> int:
         """What unpacked blocks take in memory now."""
         return self._unpacked.nbytes

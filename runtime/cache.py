@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from kvdb import forks
 from kvdb.codecs import CodecPlan
 from kvdb.entries import Span
-from kvdb.errors import IdentityMismatch, InvalidInput, ReadOnly, Unsupported
+from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, ReadOnly, Unsupported
 from kvdb.geometry import Geometry
 from kvdb.identity import Identity
 from kvdb.reader import Reader
@@ -38,6 +38,8 @@ from kvdb.store import KVDB
 
 MASS_EVERY = 16
 """Covered mass is estimated on every so many-th selecting step."""
+LOOK_EVERY = 64
+"""While what was read is lost again, another way to read is looked for at every so many-th step."""
 
 
 class Prefix(NamedTuple):
@@ -106,6 +108,7 @@ class KVDBCache(Cache):
             for _ in range(batch)
         ]
         self._let_go = weakref.finalize(self, _let_go, self.rows, self._reader)
+        self._losing_steps = 0
         self._active = False
         self._broken: str | None = None
         self._selecting_steps = 0
@@ -226,6 +229,7 @@ class KVDBCache(Cache):
                     f"expected {length}..{length + queries - 1}; the prompt must be longer than the cache and begin with "
                     "its tokens"
                 )
+        self._change_reader()
         self._coming, self.given = input_ids.tolist(), None
         self._active = True
         self._broken = "an earlier forward pass failed half-way"
@@ -237,6 +241,30 @@ class KVDBCache(Cache):
         if (transfers := self._staging.transfers) is not None:
             transfers.begin_step(comparable=queries == 1 and not self.prefilling and not self.prefetch.comparing)
         self._stepping = self.timeline.span("step").__enter__()
+
+    def _change_reader(self) -> None:
+        """Where pages that were in memory go, a reader that is made now may read another way: see `kvdb.reading`."""
+        if not self._reader.loses:
+            return
+        self._losing_steps += 1
+        if self._losing_steps % LOOK_EVERY != 1:
+            return
+        before, other = self._reader, self.db.reader()
+        try:
+            if other.name != before.name:
+                for row in self.rows:
+                    row.read_by(other)
+                other.bytes_read, other.bytes_fetched = before.bytes_read, before.bytes_fetched
+                self._reader = other
+        except BaseException as e:
+            for row in self.rows:
+                row.read_by(before)
+            if not isinstance(e, Damaged):  # deleted since, say: what is open here stays readable
+                raise
+        finally:
+            (other if self._reader is before else before).close()
+        let_go, self._let_go = self._let_go, weakref.finalize(self, _let_go, self.rows, self._reader)
+        let_go.detach()
 
     def _choose(self, queries: int) -> None:
         """Selection is decided once per step, so that all its layers agree on the fidelity of the new tokens."""

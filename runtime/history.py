@@ -166,6 +166,16 @@ class History:
                 self.mark_approximate(segment.info.start, segment.info.fidelity)
         self.tokens = tokens
 
+    def read_by(self, reader: Reader) -> None:
+        """Go on with another reader.
+
+        raises  as `restore`, and goes on as before: what this one has open may be deleted since
+        """
+        for segment in (*(part.segment for part in self._sealed), self._last):
+            if segment is not None:
+                reader.open(segment)
+        self._reader = reader
+
     def _take(self, segment: Segment, stop: int) -> None:
         """Positions up to `stop` are stored now, the last of them in `segment`."""
         ct = self.geometry.chunk_tokens

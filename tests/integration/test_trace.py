@@ -40,7 +40,9 @@ def test_a_generation_is_traced_from_its_prefix_to_its_last_step(tmp_path: Path,
     layers = {event["args"].get("layer") for event in found if event["name"] == "attend"}
     assert layers == set(range(model.config.num_hidden_layers))  # type: ignore[union-attr,arg-type]
     after_prefill = [event for event in found if event["ts"] > max(e["ts"] for e in found if e["name"] == "restore")]
-    for layer in layers if selecting else ():  # what is missing is asked for before anything else that can be done meanwhile
+    for layer in (
+        layers if selecting else ()
+    ):  # what is missing is asked for before anything else that can be done meanwhile
         order = [e["name"] for e in sorted(after_prefill, key=lambda e: e["ts"]) if e["args"].get("layer") == layer]
         assert "score read estimate attend" in " ".join(order)
     steps = [event for event in found if event["name"] == "step"]

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import flip, opened, tree_bytes
+from helpers import assert_healthy, flip, opened, skip_where_refused, tree_bytes
 from tiny_models import greedy, prompt, stock, tiny
 from torch import Tensor, nn
 
 from kvdb import KVDB, files
+from kvdb.calibration import Way
+from kvdb.direct import DirectReader
 from kvdb.errors import (
     Damaged,
     IdentityMismatch,
@@ -26,6 +28,7 @@ from kvdb.errors import (
     StorageFull,
     StoreLocked,
 )
+from kvdb.mapped import MmapReader
 from kvdb.reader import Reader
 from kvdb.runtime import attach
 from kvdb.runtime.identity import weights_digest
@@ -400,3 +403,34 @@ def test_damage_after_a_record_was_read_is_seen_where_every_read_is_verified(tmp
         else:
             with pytest.raises(Damaged, match=r"sequence report: .* layer 0, chunk 3, head 1"):
                 greedy(model, ids, cache, 4)
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["there", "prefix deleted"])
+def test_a_generation_goes_on_by_another_way_when_the_system_takes_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """Unless what it has open can be opened no more."""
+    skip_where_refused(DirectReader, tmp_path)
+    model, ids, changed = tiny(), prompt(1500, batch=2), list[str]()
+    with KVDB.open(tmp_path / "s", host_budget="1MiB") as db, attach(model, db, budget=0.2) as kv:
+        kv.cache(ids)
+        expected = greedy(model, ids, kv.cache(ids), 12)
+        cache = kv.cache(ids)
+        reader = cache._reader
+        with monkeypatch.context() as taken:
+            taken.setattr("kvdb.reading.way_to_read", lambda chunks, stored: Way("direct", "because"))
+            taken.setattr("kvdb.reading.available_bytes", lambda: 0)
+            taken.setattr(MmapReader, "loses", property(lambda self: len(changed) > 4))
+            taken.setattr(cache.prefetch, "chosen", lambda *_: changed.append(cache._reader.name))
+            if gone:
+                db.evict(0)
+            out = greedy(model, ids, cache, 12)
+        assert torch.equal(out, expected)
+        assert changed[:5] == ["mmap"] * 5
+        assert {*changed[5 + len(model.model.layers) * 2 :]} == {"mmap" if gone else "direct"}  # type: ignore[union-attr,arg-type]
+        assert (cache._reader is reader) == gone
+        assert cache.stats()["kv_bytes_read"] == cache.metrics.decode_bytes_read > 0
+        assert gone or not reader._open
+        if not gone:
+            kv.save(cache, name="n")
+        assert_healthy(db)
