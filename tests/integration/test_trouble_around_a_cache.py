@@ -419,11 +419,13 @@ def test_a_generation_goes_on_by_another_way_when_the_system_takes_its_memory(
         reader = cache._reader
         with monkeypatch.context() as taken:
             taken.setattr("kvdb.reading.way_to_read", lambda chunks, stored: Way("direct", "because"))
-            taken.setattr("kvdb.reading.available_bytes", lambda: 0)
+            taken.setattr("kvdb.reading.available_bytes", lambda: -1)
             taken.setattr(MmapReader, "loses", property(lambda self: len(changed) > 4))
             taken.setattr(cache.prefetch, "chosen", lambda *_: changed.append(cache._reader.name))
             if gone:
                 db.evict(0)
+                for array in (tmp_path / "s" / "trash").iterdir():
+                    shutil.rmtree(array)
             out = greedy(model, ids, cache, 12)
         assert torch.equal(out, expected)
         assert changed[:5] == ["mmap"] * 5

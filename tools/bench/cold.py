@@ -6,6 +6,9 @@ fio reads past the page cache (libaio, O_DIRECT) and keeps as many requests in f
 a time: 256, or 8 MiB. A reader's queue drains at the end of each read, and it fills the page cache, or memory of its own, and copies,
 which fio does not: all that is part of what is measured. What helps a reader is measured too: records that happen to follow each other
 are read together, and of large ones a layer has so few that many do. Before each run the file is forced out of the page cache.
+
+A host tier has room for all that is read, and is empty at first; "direct, tier full" has a tier of two reads at a time that is full of other records, so that each
+read must evict as many.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from kvdb.tools.bench.synthetic import file_system, geometry, ids, noise, scratc
 RECORD_KIB = (4, 16, 64, 256)
 LAYERS, KV_HEADS = 32, 4
 DEPTH, BATCH_BYTES = 256, 8 << 20
+FULL, FILLED = "direct, tier full", 4
 
 
 def run(
@@ -40,7 +44,7 @@ def run(
     ] = None,
     mib: Annotated[int, typer.Option(help="size of the store")] = 512,
     rounds: Annotated[int, typer.Option(help="measured pairs of runs")] = 5,
-    batches: Annotated[int, typer.Option(help="reads in a run")] = 16,
+    batches: Annotated[int, typer.Option(help="reads in a run", max=LAYERS - FILLED)] = 16,
 ) -> None:
     """Records a second, medians of interleaved runs."""
     if shutil.which("fio") is None:
@@ -73,13 +77,15 @@ def _measure(path: Path, kib: int, mib: int, rounds: int, batches: int) -> Itera
         segment = store(db, shape, noise(shape, tokens), ids(tokens, 0)).segment
     shard = path / "chunks" / format.kv_array(segment.info.segment, 0) / format.SHARD_KEY
     depth = min(DEPTH, BATCH_BYTES // (kib << 10))
-    speeds: dict[str, list[float]] = {name: [] for name in READERS}
+    speeds: dict[str, list[float]] = {name: [] for name in (*READERS, FULL)}
+    ample, full = {"host_budget": mib << 20}, {"host_budget": 2 * depth * (kib << 10)}
     fio: list[float] = []
     for number in range(rounds):
         for name, taken in speeds.items():
             force_out([shard])
-            with KVDB.open(path, "r", read_mode=name, verify="never") as db:
-                taken.append(_records_per_second(db, segment, depth, number, batches))
+            options = full if name == FULL else ample if name == "direct" else {}
+            with KVDB.open(path, "r", read_mode=name.split(",")[0], verify="never", **options) as db:
+                taken.append(_records_per_second(db, segment, depth, number, batches, fill=name == FULL))
         force_out([shard])
         fio.append(_fio(shard, kib, depth))
     for name, taken in speeds.items():
@@ -89,13 +95,19 @@ def _measure(path: Path, kib: int, mib: int, rounds: int, batches: int) -> Itera
         }  # fmt: skip
 
 
-def _records_per_second(db: KVDB, segment: Segment, depth: int, seed: int, batches: int) -> float:
+def _records_per_second(db: KVDB, segment: Segment, depth: int, seed: int, batches: int, *, fill: bool) -> float:
+    """Of layers that are asked once each. fill: read some of FILLED others first."""
     shape, rng = segment.info.geometry, np.random.default_rng(seed)
     records = segment.info.chunks * KV_HEADS
     out = np.empty((2, depth, shape.chunk_tokens, shape.groups[0].head_dim), shape.storage_dtype)
-    wanted = [(layer, rng.permutation(records)[:depth]) for layer in rng.integers(0, LAYERS, batches).tolist()]
+    wanted = [
+        (layer, rng.permutation(records)[:depth])
+        for layer in rng.permutation(np.arange(FILLED, LAYERS))[:batches].tolist()
+    ]
     reader = db.reader()
     reader.open(segment)
+    for layer in range(FILLED * fill):
+        reader.read(segment, layer, rng.permutation(records)[:depth], out)
     try:
         return depth * batches / sum(seconds(lambda: reader.read(segment, *what, out)) for what in wanted)  # noqa: B023
     finally:
