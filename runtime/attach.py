@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from kvdb.available import available_bytes
 from kvdb.codecs import RAW, CodecPlan
 from kvdb.entries import Found, Sequence, Span
 from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, ReadOnly, Unsupported
@@ -35,16 +36,18 @@ from kvdb.identity import EXACT, Identity, joined_fidelity
 from kvdb.prefix import Tokens
 from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, register
 from kvdb.runtime.cache import KVDBCache, Prefix, expect_exact_keys
-from kvdb.runtime.costs import Costs
+from kvdb.runtime.costs import Costs, Prospect
 from kvdb.runtime.device_cache import DeviceCache, device_bytes, shapes_of
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
 from kvdb.runtime.prediction import watch
 from kvdb.runtime.prefill import PrefillProgress, prefill
 from kvdb.runtime.selection import DEFAULT_SELECTOR, SELECTORS, Budget, Certified, Mass, Selector, StopRule, Threshold
 from kvdb.runtime.timeline import Trace
-from kvdb.segments import Segment
+from kvdb.segments import Segment, codecs_of
 from kvdb.store import KVDB, Match
 
+_MEMORY_SHARE: Final = 4
+"""Of a stored prefix no more is computed while the rest is read than takes one in so many bytes of what memory is free."""
 _SAME_ALWAYS: Final = ("default", "linear", "llama3", "yarn", "proportional")
 """RoPE types whose rotation of a position does not depend on how long the text gets."""
 
@@ -81,8 +84,8 @@ def attach(
               computed and this very codec stored is reused like exact KV
     trace     a file, written at the end of the 'with' block: each stage of each step and layer as a time line, in Chrome's trace format
     prefetch  read ahead what the next layer is likely to choose: always, never, or (None) where that is measured to be faster
-    recompute compute a stored prefix again instead of reading it: always, never, or (None) where that is
-              estimated to take less time, and a writable store without a size cap can take it
+    recompute compute a stored prefix again instead of reading it: always, never, or (None) all of it or its first tokens, while the rest is read, as is
+              estimated to take the least time; all of it only where a writable store without a size cap can take it
     device_budget  most that selected records kept on a GPU may take, "4GiB" say, for each cache; a quarter of what is free when not given
     device_policy  which of them go first: "lru", "lfu" or "importance"
     raises    InvalidInput for options; Unsupported for models whose KV this version would get wrong
@@ -347,15 +350,15 @@ class Attachment:
             cache = self._new(identity, len(rows))
             try:
                 cache.restore(prefixes)
-                at_once = self._read_at_once(shared, len(rows[0])) * len(rows)
-                absent = min(at_once, sum(row.absent_bytes() for row in cache.rows))
-                choice = self._costs.choose(shared * len(rows), absent, storable=self.db.grows_freely)
+                choice = self._costs.choose(self._prospect(cache, prefixes, len(rows[0])))
+                if 0 < choice.tokens < shared:
+                    self._split(cache, rows, choice.tokens)
             except BaseException as e:
                 self._drop(cache)
                 if isinstance(e, Damaged) and any(self._changed(p.spans, p.segments) for p in prefixes):
                     continue
                 raise
-            if not choice.load:
+            if shared and choice.tokens == shared:
                 self._drop(cache)
                 cache = self._new(identity, len(rows))
             elif not self.db.readonly:
@@ -364,17 +367,48 @@ class Attachment:
             cache.metrics.reuse = choice.why
             return cache
 
-    def _read_at_once(self, stored: int, wanted: int) -> int:
-        """Bytes of a stored prefix that attention asks for before the first token is out: see `kvdb.runtime.costs`."""
-        chunks = stored // self.geometry.chunk_tokens
-        if stored == wanted and self.rule is not None and chunks:
-            stored = self.rule.look_at(chunks, self.geometry.chunk_tokens) * self.geometry.chunk_tokens
-        return stored * self.geometry.token_bytes
+    def _prospect(self, cache: KVDBCache, prefixes: list[Prefix], wanted: int) -> Prospect:
+        """What a stored prefix that a cache has taken over may cost before the first token is out: see `kvdb.runtime.costs`."""
+        tokens, ct = len(prefixes[0].tokens), self.geometry.chunk_tokens
+        chunks, at_once = tokens // ct, tokens
+        if tokens == wanted and self.rule is not None and chunks:
+            at_once = self.rule.look_at(chunks, ct) * ct
+        starts = np.arange(1 + (self._most_split(prefixes) // ct if at_once == tokens else 0))
+        absent = np.sum([row.absent_bytes(starts) for row in cache.rows], 0)
+        full = 1 - len(self.windows) / len(self.geometry.layers)  # of layers with windows only these are read
+        bytes_read = full * np.minimum(absent, at_once * self.geometry.token_bytes * len(cache.rows))
+        return Prospect(tokens, len(cache.rows), bytes_read, ct, self.db.grows_freely, cache.room)
+
+    def _most_split(self, prefixes: list[Prefix]) -> int:
+        """How many tokens may be computed while others are read: what dense attention computed is not mixed with anything else, and stays in memory."""
+        infos = [segment.info for prefix in prefixes for segment in prefix.segments]
+        plain = (codec.stored_as_is and codec.blocks is None for info in infos for codec in codecs_of(info))
+        if any(info.fidelity != EXACT for info in infos) or not all(plain):
+            return 0
+        device = _device(self.model)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+        room = free // _MEMORY_SHARE // (self.geometry.token_bytes * len(prefixes))
+        return max(0, min(len(prefixes[0].tokens) - 1, room))
+
+    def _split(self, cache: KVDBCache, rows: list[Tokens], tokens: int) -> None:
+        """Compute the first tokens of a stored prefix while the rest is brought into memory."""
+        other = self._new(cache.identity, len(rows), scratch=True)
+        try:
+            with cache.timeline.span("recompute") as span:
+                cache.fetch_from(tokens)
+                ids = torch.as_tensor(np.stack([row[:tokens] for row in rows]).astype(np.int64))
+                prefill(self.model, other, ids.to(_device(self.model)), progress=None)
+            self._costs.computing.note(tokens * len(rows), span.seconds)
+            cache.take_recomputed(other)
+        finally:
+            self._drop(other)
 
     def _learn(self, cache: KVDBCache) -> None:
         """What a prefill took, reading and computing apart."""
         metrics, seconds, fetched = cache.metrics, cache.timeline.seconds, cache.stats()["kv_bytes_fetched"]
-        if 2 * fetched > metrics.prefill_bytes_read:
+        if metrics.recomputed_tokens:
+            self._costs.reading.note(cache.fetching.fetched, cache.fetching.seconds)
+        elif 2 * fetched > metrics.prefill_bytes_read:
             self._costs.reading.note(fetched, seconds["read"])
         computing = metrics.prefill_seconds - seconds["read"] - seconds["wait"] - seconds["commit"]
         self._costs.computing.note(metrics.prefill_tokens * len(cache.rows), computing)
@@ -389,9 +423,10 @@ class Attachment:
         something has happened, so that looking comes to an end."""
         return not (self.db.holds(spans) and self.db.agrees(segments))
 
-    def _new(self, identity: Identity, batch: int) -> KVDBCache:
+    def _new(self, identity: Identity, batch: int, *, scratch: bool = False) -> KVDBCache:
+        """scratch: for what is computed densely and not stored."""
         tier = None
-        if self._device_bytes:
+        if self._device_bytes and not scratch:
             shapes, dtype, device = shapes_of(self.geometry), _dtype(self.model), _device(self.model)
             tier = DeviceCache(self._device_bytes, shapes, dtype, device, self._device_policy)
         cache = KVDBCache(
@@ -403,9 +438,10 @@ class Attachment:
             batch=batch,
             dtype=_dtype(self.model),
             device=_device(self.model),
-            rule=self.rule,
+            rule=None if scratch else self.rule,
             selector=self.selector,
             codec=self.codec,
+            stores=not scratch,
             model_label=str(getattr(self.config, "_name_or_path", "") or self.config.model_type),
             trace=self._traced,
             prefetch=self._prefetch,

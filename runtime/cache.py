@@ -25,8 +25,9 @@ from kvdb.identity import Identity
 from kvdb.reader import Reader
 from kvdb.replacement import Importance
 from kvdb.runtime.device_cache import DeviceCache
+from kvdb.runtime.fetching import Fetching
 from kvdb.runtime.history import History
-from kvdb.runtime.layers import FullLayer, SlidingLayer, Tail, reads_nothing
+from kvdb.runtime.layers import FullLayer, Recomputed, SlidingLayer, Tail, reads_nothing
 from kvdb.runtime.metrics import Metrics
 from kvdb.runtime.prefetch import REACH, Prefetch
 from kvdb.runtime.selection import DENSE_BELOW, Certified, Estimate, Forced, Plan, Scores, Selector, StopRule
@@ -72,18 +73,20 @@ class KVDBCache(Cache):
         selector: Selector,
         codec: CodecPlan,
         model_label: str,
+        stores: bool = True,
         trace: Trace | None = None,
         prefetch: bool | None = None,
         device_tier: DeviceCache | None = None,
     ) -> None:
-        """identify: the model's identity as it is now. windows: of layers that have one. rule: None is exact. prefetch: see `Prefetch`."""
+        """identify: the model's identity as it is now. windows: of layers that have one. rule: None is exact. stores: whether new tokens
+        are, where the store can be written to. prefetch: see `Prefetch`."""
         self.db, self.identity, self.geometry, self.dtype = db, identity, geometry, dtype
         self.rule, self.selector, self._identify = rule, selector, identify
         self.metrics, self.timeline, self.prefetch = Metrics(), Timeline(trace), Prefetch(prefetch)
         self.is_probing = False
         self.given: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # see `kvdb.runtime.prediction`; of this step
         self.forced = Forced.of(geometry.chunk_tokens)
-        self.writes = not db.readonly
+        self.writes = stores and not db.readonly
         self.expected_tokens = 0
         self.prefilling = False
         self.take: int | None = None
@@ -107,7 +110,8 @@ class KVDBCache(Cache):
             )
             for _ in range(batch)
         ]
-        self._let_go = weakref.finalize(self, _let_go, self.rows, self._reader)
+        self.fetching = Fetching(self.timeline)
+        self._let_go = weakref.finalize(self, _let_go, self.rows, self._reader, self.fetching)
         self._losing_steps = 0
         self._active = False
         self._broken: str | None = None
@@ -157,7 +161,7 @@ class KVDBCache(Cache):
         self.metrics.abstract_bytes_resident = sum(row.resident_bytes for row in self.rows)
         return {
             **self.metrics.as_dict(),
-            "kv_bytes_fetched": self._reader.bytes_fetched,
+            "kv_bytes_fetched": self._reader.bytes_fetched + self.fetching.fetched,
             "kv_bytes_stored": sum(row.stored_bytes() for row in self.rows),
             "stage_seconds": dict(self.timeline.seconds),
             "prefetch": self.prefetch.stats(),
@@ -195,6 +199,33 @@ class KVDBCache(Cache):
                 layer.restore_window(torch.stack([k for k, _ in window]), torch.stack([v for _, v in window]), tokens)
         self.metrics.restore_bytes_read = self._reader.bytes_read
         self.metrics.reused_tokens = tokens
+
+    # -- computing a part of it again
+
+    def fetch_from(self, tokens: int) -> None:
+        """Have the stored KV that dense attention reads from this position on, which ends a chunk, brought into memory while others compute."""
+        start = tokens // self.geometry.chunk_tokens
+        runs = [run for layer in self._full_indices for row in self.rows for run in row.sealed_runs(layer, start)]
+        once = {(run.segment.info.segment, *run[1:]): run for run in runs}  # rows of a batch may share segments
+        if once:
+            group = self._full_layers[0].stored.group
+            record_bytes = 2 * self.geometry.chunk_tokens * group.head_dim * self.dtype.itemsize
+            self.fetching.begin(self.db.reader(), list(once.values()), record_bytes, self.room)
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that can be brought into memory before they are asked for; None: as the page cache likes."""
+        return None if self.db.host is None else self.db.host.budget_bytes
+
+    def take_recomputed(self, other: KVDBCache) -> None:
+        """Have dense attention use what another cache, which stores nothing, has computed of the first tokens, instead of what is stored of them.
+        Nothing of it is stored; it goes when attention begins to select.
+
+        other  of whole chunks, as many rows; it is of no further use
+        """
+        for own, each in zip(self._full_layers, other._full_layers, strict=True):
+            own.recomputed, each.stored.tail = Recomputed.of(each.stored.tail), Tail()
+        self.metrics.recomputed_tokens = other.length
 
     # -- steps
 
@@ -263,7 +294,7 @@ class KVDBCache(Cache):
                 raise
         finally:
             (other if self._reader is before else before).close()
-        let_go, self._let_go = self._let_go, weakref.finalize(self, _let_go, self.rows, self._reader)
+        let_go, self._let_go = self._let_go, weakref.finalize(self, _let_go, self.rows, self._reader, self.fetching)
         let_go.detach()
 
     def _choose(self, queries: int) -> None:
@@ -277,6 +308,8 @@ class KVDBCache(Cache):
         if take >= chunks:
             return
         self.take = take
+        for layer in self._full_layers:
+            layer.recomputed = None
         self.sampling = self._selecting_steps % MASS_EVERY == 0
         self._selecting_steps += 1
         for row in self.rows:
@@ -339,6 +372,7 @@ class KVDBCache(Cache):
 
     def note_resident(self) -> None:
         tails = sum(layer.stored.tail.nbytes for layer in self.layers)
+        tails += sum(layer.recomputed.nbytes for layer in self._full_layers if layer.recomputed is not None)
         self.metrics.resident(tails, self._staging.nbytes + self._reader.unpacked_bytes)
 
     def note_mass(self, mass: Tensor) -> None:
@@ -431,12 +465,15 @@ class KVDBCache(Cache):
     def close(self) -> None:
         """Release threads, maps, files and memory. Closing twice is fine."""
         self._broken = "it is closed"
+        self.fetching.stop()
         if self._let_go.detach() is not None:
             for row in self.rows:
                 row.close()
             self._reader.close()
         for layer in self.layers:
             layer.stored.tail = Tail()
+        for layer in self._full_layers:
+            layer.recomputed = None
 
 
 def expect_exact_keys(codec: CodecPlan) -> None:
@@ -447,7 +484,8 @@ def expect_exact_keys(codec: CodecPlan) -> None:
         )
 
 
-def _let_go(rows: list[History], reader: Reader) -> None:
+def _let_go(rows: list[History], reader: Reader, fetching: Fetching) -> None:
+    fetching.let_go()
     for row in rows:
         row.let_go()
     reader.close()

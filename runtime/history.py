@@ -25,6 +25,7 @@ from kvdb.geometry import SEGMENT_TOKENS, Geometry
 from kvdb.identity import EXACT, Identity, joined_fidelity
 from kvdb.reader import Reader, Wanted
 from kvdb.runtime.device_cache import DeviceCache, Rows
+from kvdb.runtime.fetching import Run
 from kvdb.runtime.gather import Lent
 from kvdb.runtime.selection import Resident, Selector
 from kvdb.runtime.staging import Array, Coded, Staging, storage_view
@@ -129,12 +130,22 @@ class History:
         whole = sum(part.chunks / part.segment.info.chunks * payload_bytes(part.segment.info) for part in self._sealed)
         return round(whole) + started * self.geometry.token_bytes
 
-    def absent_bytes(self) -> int:
-        """Bytes of what is sealed that are not in memory, as far as can be told."""
-        absent = sum(
-            part.chunks / part.segment.info.chunks * self._reader.absent_bytes(part.segment) for part in self._sealed
-        )
-        return round(absent)
+    def absent_bytes(self, starts: Array) -> Array:
+        """Bytes of what is sealed from each of these chunks on that are not in memory, as far as can be told: (n,) float64."""
+        absent = np.zeros(len(starts))
+        for part in self._sealed:
+            of_chunk = self._reader.absent_bytes(part.segment) / part.segment.info.chunks
+            absent += of_chunk * (part.stop - starts).clip(0, part.chunks)
+        return absent
+
+    def sealed_runs(self, layer: int, start: int) -> list[Run]:
+        """The sealed records of a layer from chunk `start` on, in order."""
+        heads = len(self._heads[layer])
+        return [
+            Run(part.segment, layer, max(0, start - part.first) * heads, part.chunks * heads)
+            for part in self._sealed
+            if part.stop > start
+        ]
 
     def chunk_bytes(self, layers: tuple[int, ...]) -> int:
         """Bytes of rows of the whole chunks of some layers, compressed or not."""

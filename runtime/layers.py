@@ -7,8 +7,9 @@ with something else. Sliding-window layers stay what they are in transformers an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -73,6 +74,26 @@ class Tail:
         self.length = 0
         if k.shape[2]:
             self.append(k, v)
+
+
+class Recomputed(NamedTuple):
+    """The first tokens of one layer, whole chunks of them, computed again though they are stored: (batch, kv_heads, tokens, head_dim), K and V."""
+
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, tail: Tail) -> Recomputed:
+        """Of all that a tail holds, without what it reserved for more."""
+        return cls(tail.k.clone(), tail.v.clone())
+
+    @property
+    def tokens(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
 
 
 class Handle:
@@ -184,12 +205,16 @@ class _FixedShape:
 
 
 class FullLayer(_FixedShape, DynamicLayer):
-    """A full-attention layer whose keys and values live in a store."""
+    """A full-attention layer whose keys and values live in a store.
+
+    recomputed  what dense attention uses instead of what is stored of the first tokens; None: nothing
+    """
 
     def __init__(self, cache: KVDBCache, index: int) -> None:
         super().__init__()
         self.stored = _Stored(cache, index)
         self.is_initialized = True
+        self.recomputed: Recomputed | None = None
         self._handle = Handle(self)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -236,13 +261,21 @@ class FullLayer(_FixedShape, DynamicLayer):
             if before:
                 parts.append(attend(q, k[:, :before], v[:, :before], scale=scale))
             whole = merge(parts)
-        chunks = row.chunks(index)
-        step = TILE_TOKENS // cache.geometry.chunk_tokens
-        for start in range(0, chunks, step):
-            tile_k, tile_v = row.read(index, start, min(start + step, chunks))
+        for tile_k, tile_v in self._tiles(row, b):
             with span("attend", index):
                 whole = merge([whole, attend(q, tile_k, tile_v, scale=scale)])
         return whole.out.to(q.dtype)
+
+    def _tiles(self, row: History, b: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """K and V of everything before the tail, each (kv_heads, tokens, head_dim) and valid until the next one."""
+        first, ct, index = 0, self.stored.cache.geometry.chunk_tokens, self.stored.index
+        if self.recomputed is not None:
+            k, v = self.recomputed
+            yield from zip(k[b].split(TILE_TOKENS, 1), v[b].split(TILE_TOKENS, 1), strict=True)
+            first = self.recomputed.tokens // ct
+        chunks, step = row.chunks(index), TILE_TOKENS // ct
+        for start in range(first, chunks, step):
+            yield row.read(index, start, min(start + step, chunks))
 
     def _attend_selected(
         self, row: History, q: Tensor, tail_k: Tensor, tail_v: Tensor, scale: float, take: int

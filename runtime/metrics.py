@@ -10,7 +10,8 @@ from typing import Any
 class Metrics:
     """Counters of one cache, all rows together. Bytes are KV bytes requested from segments, abstracts not included.
 
-    reuse                   why a stored prefix was loaded, or computed again
+    reuse                   why a stored prefix was loaded, computed again, or both
+    recomputed_tokens       of reused_tokens, for each row: the first ones, computed again for dense attention
     ranges_evaluated        ranges and records that selectors scored, over all steps and layers; abstract_bytes_read: for that,
                             and for estimates of what was not read
     unread_mass_bound       largest proven share of softmax mass left unread at any step; None: nothing was proven
@@ -20,6 +21,7 @@ class Metrics:
     reuse: str = ""
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    recomputed_tokens: int = 0
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     restore_seconds: float = 0.0
@@ -50,6 +52,7 @@ class Metrics:
             "reuse": self.reuse,
             "prompt_tokens": self.prompt_tokens,
             "reused_tokens": self.reused_tokens,
+            "recomputed_tokens": self.recomputed_tokens,
             "prefill_tokens": self.prefill_tokens,
             "prefill_seconds": self.prefill_seconds,
             "restore_seconds": self.restore_seconds,

@@ -19,6 +19,8 @@ from kvdb import files, forks
 
 STAGES: Final = (
     "restore",
+    "recompute",
+    "fetch",
     "step",
     "tail",
     "predict",
@@ -33,6 +35,8 @@ STAGES: Final = (
 )
 """
 restore    a stored prefix is opened, and the started chunk and windows are read
+recompute  the first tokens of a stored prefix are computed again, by steps of their own, while the rest is fetched
+fetch      on another thread: the rest of such a prefix is brought into memory
 step       a forward pass of the model, all that follows included
 tail       attention over the newest tokens, in memory
 predict    the next layer's query is predicted, and what it would choose is asked for ahead

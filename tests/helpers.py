@@ -8,9 +8,11 @@ match, write what is missing, commit, name. `assert_healthy` is the teardown of 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,6 +251,12 @@ def opened(path: Path, mode: Mode = "a", *, read_mode: str = "mmap") -> Iterator
 def assert_healthy(db: KVDB) -> None:
     """Teardown of every test: nothing is wrong anywhere in the store."""
     assert [str(problem) for problem in db.check()] == []
+
+
+def held() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
 def tree_bytes(root: Path) -> dict[str, bytes]:

@@ -25,10 +25,10 @@ MOST_SPANS: Final = 1_000_000
 MOST_OBJECTS: Final = 3 * MOST_SPANS
 """JSON objects in a file; a span is two. They are counted before any is decoded: the smallest take twenty times their bytes in memory."""
 STEP: Final = "step"
-READING: Final = ("restore", "abstracts", "read")
+READING: Final = ("restore", "fetch", "abstracts", "read")
 WRITING: Final = ("write", "commit")
 WAITING: Final = ("wait",)
-COMPUTING: Final = (STEP, "tail", "predict", "score", "attend", "estimate")
+COMPUTING: Final = (STEP, "recompute", "tail", "predict", "score", "attend", "estimate")
 """Stages by what a thread does in them; of a step, what none of the others takes."""
 _LONGEST_US: Final = 1e12
 """Times beyond eleven days are no generation's."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_healthy, skip_where_refused
+from helpers import assert_healthy, held, skip_where_refused
 from tiny_models import greedy, prompt, stock, tiny
 from torch import Tensor, nn
 
@@ -29,12 +28,6 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 every_reader = pytest.mark.parametrize("read_mode", READERS)
 every_rule = pytest.mark.parametrize("rule", [{"exact": True}, {"budget": 0.2}], ids=lambda rule: next(iter(rule)))
 TOKENS = 1500
-
-
-def held() -> tuple[int, int]:
-    """Descriptors and threads of this process."""
-    gc.collect()
-    return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
 @contextlib.contextmanager

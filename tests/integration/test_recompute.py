@@ -1,4 +1,4 @@
-"""Whether a stored prefix is loaded or computed again changes time, and nothing else."""
+"""Whether a stored prefix is loaded or computed again changes time, and nothing else. Of computing a part of it: `test_split.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import opened
@@ -13,11 +14,12 @@ from tiny_models import greedy, prompt, tiny
 
 from kvdb import files
 from kvdb.reader import Reader
-from kvdb.runtime import attach
+from kvdb.runtime import Attachment, attach
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
 
+@pytest.mark.usefixtures("unsplit")
 def test_a_prefix_on_a_slow_disk_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once both are known: first it is loaded, which shows how slow that is."""
     model, ids = tiny("llama"), prompt(3000)
@@ -58,6 +60,12 @@ def test_it_can_be_asked_for(tmp_path: Path, recompute: bool) -> None:
         assert db.info()["segments"] == stored  # what is computed again is stored once
 
 
+@pytest.fixture
+def unsplit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Attachment, "_most_split", lambda self, prefixes: 0)
+
+
+@pytest.mark.usefixtures("unsplit")
 @pytest.mark.parametrize("where", ["readonly", "capped"])
 def test_what_could_not_be_stored_is_loaded(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it takes: all of it would stay in memory, or push something out."""
@@ -67,7 +75,7 @@ def test_what_could_not_be_stored_is_loaded(tmp_path: Path, where: str, monkeypa
         if where == "capped":
             db.set_size_cap("1GiB")
     monkeypatch.setattr("kvdb.runtime.costs.Rate.seconds", lambda self, units: units)  # a byte takes as long as a token
-    monkeypatch.setattr("kvdb.runtime.history.History.absent_bytes", lambda self: 1 << 30)
+    monkeypatch.setattr("kvdb.runtime.history.History.absent_bytes", lambda self, starts: np.full(len(starts), 2.0**30))
     with opened(tmp_path / "s", "r" if where == "readonly" else "a") as db, attach(model, db, exact=True) as kv:
         cache = kv.cache(ids)
         assert cache.metrics.reused_tokens == 1299

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvdb import KVDB, format
+from kvdb.direct import DirectReader
 from kvdb.readers import READERS
 from kvdb.segments import Segment
 from kvdb.tools.bench.capped import force_out
@@ -78,13 +79,14 @@ def _measure(path: Path, kib: int, mib: int, rounds: int, batches: int) -> Itera
     shard = path / "chunks" / format.kv_array(segment.info.segment, 0) / format.SHARD_KEY
     depth = min(DEPTH, BATCH_BYTES // (kib << 10))
     speeds: dict[str, list[float]] = {name: [] for name in (*READERS, FULL)}
-    ample, full = {"host_budget": mib << 20}, {"host_budget": 2 * depth * (kib << 10)}
+    ample, full = mib << 20, 2 * depth * (kib << 10)
     fio: list[float] = []
     for number in range(rounds):
         for name, taken in speeds.items():
             force_out([shard])
-            options = full if name == FULL else ample if name == "direct" else {}
-            with KVDB.open(path, "r", read_mode=name.split(",")[0], verify="never", **options) as db:
+            budget = full if name == FULL else ample if name == DirectReader.name else None
+            way = DirectReader.name if name == FULL else name
+            with KVDB.open(path, "r", read_mode=way, verify="never", host_budget=budget) as db:
                 taken.append(_records_per_second(db, segment, depth, number, batches, fill=name == FULL))
         force_out([shard])
         fio.append(_fio(shard, kib, depth))

@@ -16,6 +16,7 @@ from typing import Final, Literal, NamedTuple
 
 from kvdb.mounts import mount_of
 from kvdb.tools.bench.capped import can_cap
+from kvdb.tools.bench.throttled import can_throttle
 
 Better = Literal["higher", "lower"]
 
@@ -106,6 +107,10 @@ BENCHES: Final[dict[str, Bench]] = {
     "tiers": Bench(
         "decoding a context larger than the memory left for it", 12, ("model", "limit", "disk"), ("way",), _LOWER,
     ),
+    "split": Bench(
+        "first token after a prefix: read, computed again, or both at once", 5, ("model", "throttle", "disk"), ("reader", "way"), _LOWER,
+        baselines=("computed",),
+    ),
     "policies": Bench(
         "hit rates of the host tier, by policy and room", 4, ("model",), ("room", "policy"), {"hit_rate": "higher"},
     ),
@@ -152,6 +157,7 @@ NEEDS: Final[dict[str, Need]] = {
         lambda: mount_of(Path(tempfile.gettempdir())).kind != "tmpfs",
     ),
     "limit": Need("root", "for a control group that limits memory", can_cap),
+    "throttle": Need("root", "for a control group that limits reading", can_throttle),
     "fio": Need("fio", "package fio", lambda: shutil.which("fio") is not None),
     "gpu": Need(
         "a GPU",
