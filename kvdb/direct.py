@@ -112,8 +112,11 @@ class DirectReader(PreadReader):
 
     def _begin(self, located: list[Located]) -> None:
         """What is lent stays good. Records for which the tier has no room are left alone."""
-        direct = [self._rows_of(each) for each in located if each.array in self._direct]
-        if direct:
+        by_size: dict[int, list[FileRows]] = {}  # codecs differ by segment
+        for each in located:
+            if each.array in self._direct:
+                by_size.setdefault(each.array.row, []).append(self._rows_of(each))
+        for direct in by_size.values():
             # What the system refuses now it may refuse who reads these records, and is told then.
             with contextlib.suppress(OSError, OutOfMemory):
                 lease = self._tier.lease(direct, only_slots=True)

@@ -128,6 +128,7 @@ class HostTier:
         with self._lock:
             self._catch_up()
             pool = self._pool(wanted[0].file.row_bytes)
+            assert all(file.row_bytes == pool.row_bytes for file, _ in wanted)
             self._writing = True
             found = [pool.table.lookup(file.key, rows) for file, rows in wanted]
             begun = self._begin_missing(pool, wanted, found)

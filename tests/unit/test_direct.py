@@ -33,6 +33,7 @@ from kvdb.direct import DirectReader
 from kvdb.errors import Damaged, InvalidInput, OutOfMemory, Stalled, Unsupported
 from kvdb.format import SHARD_KEY, kv_array
 from kvdb.host import HostTier
+from kvdb.mapped import MmapReader
 from kvdb.reader import Wanted
 from kvdb.requests import Ticket
 from kvdb.segments import Segment
@@ -175,6 +176,21 @@ def test_what_is_expected_is_not_read_again(segment: Segment, reader: DirectRead
     reader.expect(3, [Wanted(segment, records[:0])])
     with pytest.raises(InvalidInput, match="records"):
         reader.expect(3, [Wanted(segment, np.array([-1]))])
+
+
+def test_segments_of_different_codecs_are_expected_at_once(db: KVDB, segment: Segment, reader: DirectReader) -> None:
+    writer = write_segment(db, TOKENS, geometry=TWO_GROUPS, fidelity="int4", codec=CodecPlan.parse("int4"))
+    coded = db.commit(writer, TOKENS).segment
+    records = np.array([9, 4, 30])
+    for first, then in ((segment, coded), (coded, segment)):
+        reader.expect(3, [Wanted(first, records), Wanted(then, records)])
+        fetched = reader.bytes_fetched
+        alone = MmapReader()
+        for each in (first, then):
+            assert np.array_equal(reader.rows(each, 3, records), alone.rows(each, 3, records))
+        alone.close()
+        assert reader.bytes_fetched == fetched
+        records = records + 3
 
 
 @pytest.mark.parametrize("trouble", [OSError(errno.EIO, "I/O error"), OutOfMemory("no memory")])
