@@ -116,7 +116,8 @@ class MmapReader(Reader):
             except OSError as e:
                 raise Damaged(
                     f"segment {array.info.segment}, file {array.path}, offset {start}: {e.strerror}, expected {stop - start} "
-                    "bytes; the file was cut or its device fails: run 'kvdb verify'"
+                    "bytes; the file was cut or its device fails: run 'kvdb verify'",
+                    segment=array.info.segment,
                 ) from e
         array.seen[wanted] = True
         self._faults = files.major_faults()

@@ -47,5 +47,6 @@ class PreadReader(Reader):
         if n != array.row:
             raise Damaged(
                 f"segment {array.info.segment}, file {array.path}: {n} bytes at {row * array.row}, expected {array.row}; run "
-                "'kvdb verify'"
+                "'kvdb verify'",
+                segment=array.info.segment,
             )

@@ -145,6 +145,16 @@ def _open_checked(segment: Segment, group: int, place: format.ShardLayout, row: 
     return path, fd
 
 
+@contextlib.contextmanager
+def _concerning(segment: str) -> Iterator[None]:
+    """Damage found in the block says that it is of this segment."""
+    try:
+        yield
+    except Damaged as e:
+        e.segment = e.segment or segment
+        raise
+
+
 _AbstractKey = tuple[str, int, int, str]
 """Segment, how often its abstracts had changed, layer group, abstract."""
 
@@ -467,23 +477,28 @@ class Reader(ABC):
         key = (segment.info.segment, group)
         array = self._open.get(key)
         if array is None:
-            array = OpenArray(segment, group)
-            try:
-                if segment.seals is not None and self._verify != "never":
-                    name = format.kv_array(segment.info.segment, group)
-                    array.load_digests(segment.seals.get(name, "no seal"))
-                    assert array.digests is not None
-                    array.verified = self._verified.of(files.content_of(array.fd), len(array.digests))
-                if array.codec.blocks is not None:
-                    file = block_file(segment.info, group, array.fd, array.path)
-                    array.unpacked = UnpackedArray(file, segment.info.capacity)
-                    array.show(array.unpacked.view.reshape(-1))
-                else:
-                    self._prepare(array, layout(segment.info, group).payload_bytes)
-            except BaseException:
-                self._release(array)
-                raise
+            with _concerning(segment.info.segment):
+                array = self._opened(segment, group)
             self._open[key] = array
+        return array
+
+    def _opened(self, segment: Segment, group: int) -> OpenArray:
+        array = OpenArray(segment, group)
+        try:
+            if segment.seals is not None and self._verify != "never":
+                name = format.kv_array(segment.info.segment, group)
+                array.load_digests(segment.seals.get(name, "no seal"))
+                assert array.digests is not None
+                array.verified = self._verified.of(files.content_of(array.fd), len(array.digests))
+            if array.codec.blocks is not None:
+                file = block_file(segment.info, group, array.fd, array.path)
+                array.unpacked = UnpackedArray(file, segment.info.capacity)
+                array.show(array.unpacked.view.reshape(-1))
+            else:
+                self._prepare(array, layout(segment.info, group).payload_bytes)
+        except BaseException:
+            self._release(array)
+            raise
         return array
 
     @abstractmethod
@@ -505,7 +520,9 @@ class Reader(ABC):
     def _parts(self, located: list[Located]) -> Iterator[Lending]:
         """Rows where they are, as they are stored: those that need not be waited for come first."""
         for each in located:
-            yield Lending(*self._fetch_coded(each.array, each.rows), each.of)
+            with _concerning(each.array.info.segment):
+                stored, which = self._fetch_coded(each.array, each.rows)
+            yield Lending(stored, which, each.of)
 
     def _fetch_planes(self, array: OpenArray, rows: Array, out: Array) -> None:
         """Copy rows that are stored as they are (numbered in the whole shard, in range) into `out`, K planes first."""

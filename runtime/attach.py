@@ -36,7 +36,7 @@ from kvdb.identity import EXACT, Identity, joined_fidelity
 from kvdb.prefix import Tokens
 from kvdb.runtime.attention import IMPLEMENTATION, full_attention_is_causal, register
 from kvdb.runtime.cache import KVDBCache, Prefix, expect_exact_keys
-from kvdb.runtime.costs import Costs, Prospect
+from kvdb.runtime.costs import Choice, Costs, Prospect
 from kvdb.runtime.device_cache import DeviceCache, device_bytes, shapes_of
 from kvdb.runtime.identity import dtype_name, model_identity, text_config
 from kvdb.runtime.prediction import watch
@@ -352,7 +352,7 @@ class Attachment:
                 cache.restore(prefixes)
                 choice = self._costs.choose(self._prospect(cache, prefixes, len(rows[0])))
                 if 0 < choice.tokens < shared:
-                    self._split(cache, rows, choice.tokens)
+                    choice = self._split(cache, rows, choice)
             except BaseException as e:
                 self._drop(cache)
                 if isinstance(e, Damaged) and any(self._changed(p.spans, p.segments) for p in prefixes):
@@ -390,9 +390,9 @@ class Attachment:
         room = free // _MEMORY_SHARE // (self.geometry.token_bytes * len(prefixes))
         return max(0, min(len(prefixes[0].tokens) - 1, room))
 
-    def _split(self, cache: KVDBCache, rows: list[Tokens], tokens: int) -> None:
-        """Compute the first tokens of a stored prefix while the rest is brought into memory."""
-        other = self._new(cache.identity, len(rows), scratch=True)
+    def _split(self, cache: KVDBCache, rows: list[Tokens], choice: Choice) -> Choice:
+        """Compute the first tokens of a stored prefix while the rest is brought into memory. Where there is no room for that, all of it is loaded."""
+        other, tokens = self._new(cache.identity, len(rows), scratch=True), choice.tokens
         try:
             with cache.timeline.span("recompute") as span:
                 cache.fetch_from(tokens)
@@ -400,6 +400,11 @@ class Attachment:
                 prefill(self.model, other, ids.to(_device(self.model)), progress=None)
             self._costs.computing.note(tokens * len(rows), span.seconds)
             cache.take_recomputed(other)
+            return choice
+        except (OSError, MemoryError, torch.OutOfMemoryError) as e:
+            cache.fetching.stop()
+            cache.drop_recomputed()
+            return Choice(0, f"{choice.why}; that failed: {e}")
         finally:
             self._drop(other)
 

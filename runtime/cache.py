@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from kvdb import forks
 from kvdb.codecs import CodecPlan
 from kvdb.entries import Span
-from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, ReadOnly, Unsupported
+from kvdb.errors import Damaged, IdentityMismatch, InvalidInput, OutOfMemory, ReadOnly, Unsupported
 from kvdb.geometry import Geometry
 from kvdb.identity import Identity
 from kvdb.reader import Reader
@@ -227,6 +227,11 @@ class KVDBCache(Cache):
             own.recomputed, each.stored.tail = Recomputed.of(each.stored.tail), Tail()
         self.metrics.recomputed_tokens = other.length
 
+    def drop_recomputed(self) -> None:
+        """Have attention read everything from the store again."""
+        for layer in self._full_layers:
+            layer.recomputed = None
+
     # -- steps
 
     def begin_step(self, input_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
@@ -280,22 +285,29 @@ class KVDBCache(Cache):
         self._losing_steps += 1
         if self._losing_steps % LOOK_EVERY != 1:
             return
-        before, other = self._reader, self.db.reader()
-        try:
-            if other.name != before.name:
+        before, let_go = self._reader, self._let_go
+        with ExitStack() as stack:
+            try:
+                other = self.db.reader()
+                stack.callback(other.close)
+                if other.name == before.name:
+                    return
                 for row in self.rows:
-                    row.read_by(other)
-                other.bytes_read, other.bytes_fetched = before.bytes_read, before.bytes_fetched
-                self._reader = other
-        except BaseException as e:
-            for row in self.rows:
-                row.read_by(before)
-            if not isinstance(e, Damaged):  # deleted since, say: what is open here stays readable
-                raise
-        finally:
-            (other if self._reader is before else before).close()
-        let_go, self._let_go = self._let_go, weakref.finalize(self, _let_go, self.rows, self._reader, self.fetching)
+                    row.open_in(other)
+            except (
+                Damaged,
+                OSError,
+                OutOfMemory,
+            ):  # deleted since, say, or out of descriptors: what is open here stays readable
+                return
+            other.bytes_read, other.bytes_fetched = before.bytes_read, before.bytes_fetched
+            self._let_go = weakref.finalize(self, _let_go, self.rows, other, self.fetching)
+            stack.pop_all()
+        self._reader = other
+        for row in self.rows:
+            row.reader = other
         let_go.detach()
+        before.close()
 
     def _choose(self, queries: int) -> None:
         """Selection is decided once per step, so that all its layers agree on the fidelity of the new tokens."""
@@ -308,8 +320,7 @@ class KVDBCache(Cache):
         if take >= chunks:
             return
         self.take = take
-        for layer in self._full_layers:
-            layer.recomputed = None
+        self.drop_recomputed()
         self.sampling = self._selecting_steps % MASS_EVERY == 0
         self._selecting_steps += 1
         for row in self.rows:
@@ -472,8 +483,7 @@ class KVDBCache(Cache):
             self._reader.close()
         for layer in self.layers:
             layer.stored.tail = Tail()
-        for layer in self._full_layers:
-            layer.recomputed = None
+        self.drop_recomputed()
 
 
 def expect_exact_keys(codec: CodecPlan) -> None:

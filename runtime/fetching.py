@@ -49,7 +49,7 @@ class Fetching:
         self._thread = None
 
     def begin(self, reader: Reader, runs: Sequence[Run], record_bytes: int, room: int | None) -> None:
-        """Bring records of runs, in their order, and return at once.
+        """Bring records of runs, in their order, and return at once. Where there can be no thread, nothing is brought.
 
         reader        nobody else's; closed when all is done
         record_bytes  of each record
@@ -57,10 +57,15 @@ class Fetching:
         """
         self.stop()
         self._stopped = False
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._bring, args=(reader, runs, record_bytes, room), name="kvdb-fetch", daemon=True
         )
-        self._thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more of them
+            reader.close()
+            return
+        self._thread = thread
 
     def stop(self) -> None:
         """Return when nothing is brought any more."""

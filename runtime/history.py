@@ -72,6 +72,7 @@ class History:
     abstracts         what new segments are summarised by
     tokens            ids of every token computed so far, tail included; the cache appends to it
     codec             what each layer of new segments is stored with
+    reader            all rows of a batch share it; another one takes its place between steps only
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class History:
         self.abstracts, self.codec, self.model_label = abstracts, codec, model_label
         self.tokens: list[int] = []
         self._fidelities: list[tuple[int, str]] = [(0, EXACT)]  # from a position on, how KV is computed
-        self._reader, self._staging, self._timeline = reader, staging, timeline
+        self.reader, self._staging, self._timeline = reader, staging, timeline
         groups = {layer: geometry.groups[geometry.locate(layer)[0]] for layer in geometry.layers}
         self._heads = {layer: np.arange(group.kv_heads)[:, None] for layer, group in groups.items()}
         self._dims = {layer: group.head_dim for layer, group in groups.items()}
@@ -134,7 +135,7 @@ class History:
         """Bytes of what is sealed from each of these chunks on that are not in memory, as far as can be told: (n,) float64."""
         absent = np.zeros(len(starts))
         for part in self._sealed:
-            of_chunk = self._reader.absent_bytes(part.segment) / part.segment.info.chunks
+            of_chunk = self.reader.absent_bytes(part.segment) / part.segment.info.chunks
             absent += of_chunk * (part.stop - starts).clip(0, part.chunks)
         return absent
 
@@ -171,21 +172,20 @@ class History:
         """
         for span, segment in zip(spans, segments, strict=True):
             with self._naming(segment):
-                self._reader.open(segment)
+                self.reader.open(segment)
             self._take(segment, segment.info.start + span.stop)
             if segment.info.fidelity != EXACT:
                 self.mark_approximate(segment.info.start, segment.info.fidelity)
         self.tokens = tokens
 
-    def read_by(self, reader: Reader) -> None:
-        """Go on with another reader.
+    def open_in(self, reader: Reader) -> None:
+        """Open all that is read here in another reader, that it may go on with (`reader`).
 
-        raises  as `restore`, and goes on as before: what this one has open may be deleted since
+        raises  Damaged where something was deleted since this one opened it
         """
         for segment in (*(part.segment for part in self._sealed), self._last):
             if segment is not None:
                 reader.open(segment)
-        self._reader = reader
 
     def _take(self, segment: Segment, stop: int) -> None:
         """Positions up to `stop` are stored now, the last of them in `segment`."""
@@ -244,7 +244,7 @@ class History:
 
     def _lend_as_is(self, layer: int, chosen: list[Chosen], shape: Sequence[int]) -> Iterator[tuple[Lent, Array]]:
         """Where records lie: a part may be of several segments."""
-        lending = self._reader.lend(layer, [Wanted(each.segment, each.records) for each in chosen])
+        lending = self.reader.lend(layer, [Wanted(each.segment, each.records) for each in chosen])
         every = np.concatenate([each.places for each in chosen])
         size, segments = self.geometry.chunk_tokens * self._dims[layer], [each.segment for each in chosen]
         while True:
@@ -263,7 +263,7 @@ class History:
         tokens, dim, count = self.geometry.chunk_tokens, self._dims[layer], len(records)
         with self._reading(layer), self._naming(segment):
             decoded = self._staging.read_into(
-                (2, count, tokens, dim), lambda out: self._reader.read(segment, layer, records, out)
+                (2, count, tokens, dim), lambda out: self.reader.read(segment, layer, records, out)
             )
         inside, key_at = _by_place(shape, places, np.arange(count) * tokens * dim)
         numbers = storage_view(decoded).reshape(-1)
@@ -277,13 +277,13 @@ class History:
                 records = self._device_tier.absent(self._rows(segment, layer, records), self._shape(layer))
             wanted.append(Wanted(segment, records))
         with self._naming(*(segment for segment, _ in wanted)):
-            self._reader.expect(layer, wanted)
+            self.reader.expect(layer, wanted)
 
     def weigh(self, layer: int, chunks: Tensor, counts: Tensor | None, weights: Tensor) -> None:
         """Say what chunks are worth to tiers that look at it: as in `lend`; weights (kv_heads, n)."""
         for segment, records, places in self._chosen(self._sealed, chunks, counts):
             of_records = weights.cpu().numpy().reshape(-1)[places]
-            self._reader.weigh(segment, layer, records, of_records)
+            self.reader.weigh(segment, layer, records, of_records)
             if self._device_tier is not None:
                 self._device_tier.weigh(self._rows(segment, layer, records), self._shape(layer), of_records)
 
@@ -372,10 +372,10 @@ class History:
 
     @contextlib.contextmanager
     def _reading(self, layer: int) -> Iterator[None]:
-        before = self._reader.bytes_read
+        before = self.reader.bytes_read
         with self._timeline.span("read", layer) as span:
             yield
-            span.bytes = self._reader.bytes_read - before
+            span.bytes = self.reader.bytes_read - before
 
     def _read_shares(self, shares: list[Share], layer: int, records: int) -> Tensor:
         shape = (2, records, self.geometry.chunk_tokens, self._dims[layer])
@@ -386,7 +386,7 @@ class History:
             for segment, records, columns in shares:
                 some = out if columns is None else np.empty((2, len(columns), *shape[2:]), out.dtype)
                 with self._naming(segment):
-                    self._reader.read(segment, layer, records, some)
+                    self.reader.read(segment, layer, records, some)
                 if columns is not None:
                     out[:, columns] = some
 
@@ -413,7 +413,7 @@ class History:
 
         def fill(rows: Array) -> None:
             with self._naming(segment):
-                self._reader.rows(segment, layer, records, rows)
+                self.reader.rows(segment, layer, records, rows)
 
         row_bytes = codec.row_bytes(*shape[2:], self.geometry.dtype)
         return Coded(codec, row_bytes, np.arange(shape[1]) if columns is None else columns, fill)
@@ -467,7 +467,7 @@ class History:
             return None
         try:
             with self._naming(segment):
-                return self._reader.stored_abstract(segment, name, layer, planes)
+                return self.reader.stored_abstract(segment, name, layer, planes)
         except Damaged:
             if segment.seals is None or self.db.agrees([segment]):
                 raise
@@ -571,7 +571,7 @@ class History:
             self.discard()
             raise
         if segment.info.segment != writer.info.segment:  # another writer's was adopted
-            self._reader.forget(writer.info.segment)
+            self.reader.forget(writer.info.segment)
         self._writer, self._submitted = None, {}
         self._take(segment, start + tokens)
 
@@ -593,7 +593,7 @@ class History:
         writer, self._writer, self._submitted = self._writer, None, {}
         self._behind.abandon()
         if writer is not None:
-            self._reader.forget(writer.info.segment)
+            self.reader.forget(writer.info.segment)
             writer.discard()
 
     def close(self) -> None:

@@ -37,12 +37,13 @@ class Ticket:
     ) -> None:
         self.maker, self.keep = maker, keep
         self.offsets, self.sizes, self.addresses = offsets, sizes, addresses
-        if not len(offsets) == len(sizes) == len(addresses):
+        count = np.size(fds) if np.ndim(fds) else len(offsets)
+        if not count == len(offsets) == len(sizes) == len(addresses):
             raise InvalidInput(
-                f"reads: {len(offsets)} offsets, {len(sizes)} sizes and {len(addresses)} addresses, expected as many of each; "
-                "give one of each for a read"
+                f"reads: {count} descriptors, {len(offsets)} offsets, {len(sizes)} sizes and {len(addresses)} addresses, expected as many of "
+                "each; give one of each for a read"
             )
-        self.fds = np.broadcast_to(np.asarray(fds), len(offsets))
+        self.fds = np.broadcast_to(np.asarray(fds), count)
         self.left = self.unsent = len(offsets)
         self.results: Int64s = np.zeros(self.left, np.int64)
         self.pending = np.ones(self.left, bool)

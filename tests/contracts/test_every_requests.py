@@ -165,8 +165,11 @@ def test_what_a_read_fails_with_is_its_result(kind: type[Requests], file: tuple[
 
 def test_arrays_of_different_lengths_are_refused(kind: type[Requests], file: tuple[int, bytes]) -> None:
     one, two = np.zeros(1, np.int64), np.zeros(2, np.int64)
-    with kind() as requests, pytest.raises(InvalidInput, match=r"reads: 1 offsets, 2 sizes and 1 addresses, expected"):
-        requests.submit(file[0], one, two, one, None)
+    with kind() as requests:
+        with pytest.raises(InvalidInput, match=r"1 offsets, 2 sizes and 1 addresses, expected"):
+            requests.submit(file[0], one, two, one, None)
+        with pytest.raises(InvalidInput, match=r"reads: 2 descriptors, 1 offsets, 1 sizes"):
+            requests.submit(np.full(2, file[0]), one, one, one, None)
 
 
 def test_a_ticket_of_others_is_refused(kind: type[Requests], file: tuple[int, bytes]) -> None:

@@ -423,3 +423,38 @@ def test_what_is_learned_leads_to_a_split(stored: Callable[..., Path], monkeypat
     assert found[0] == 0, found
     assert found[1] < found[3], found  # the second time, nobody knows yet that it is slow
     assert TOKENS // 4 < found[3] < TOKENS - 1, found
+
+
+@pytest.mark.parametrize("trouble", ["no thread", "no memory", "no descriptor"])
+def test_where_a_split_cannot_be_had_the_prefix_is_read(
+    stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    model, ids = tiny("llama"), prompt(TOKENS)
+    expected = stock_answer(model, ids)
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "kvdb-fetch":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def fails(error: Exception) -> Callable[..., Any]:
+        def fail(*given: Any) -> Any:
+            raise error
+
+        return fail
+
+    with opened(stored(model, ids)) as db, attach(model, db, exact=True) as kv:
+        with monkeypatch.context() as planted:
+            if trouble == "no thread":
+                planted.setattr(threading.Thread, "start", refused)
+            elif trouble == "no memory":
+                planted.setattr("kvdb.runtime.layers.Recomputed.of", fails(MemoryError("no memory")))
+            else:
+                planted.setattr(Fetching, "begin", fails(OSError(24, "Too many open files")))
+            cache = as_slow(kv).cache(ids)
+        assert torch.equal(answer(model, ids, cache).tokens, expected.tokens)
+        assert cache.stats()["recomputed_tokens"] == (1120 if trouble == "no thread" else 0)
+        assert ("that failed: " in cache.stats()["reuse"]) == (trouble != "no thread")
+        cache.close()
+    assert "kvdb-fetch" not in [thread.name for thread in threading.enumerate()]

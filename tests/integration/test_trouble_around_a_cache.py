@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from kvdb.errors import (
 )
 from kvdb.mapped import MmapReader
 from kvdb.reader import Reader
+from kvdb.readers import READERS
 from kvdb.runtime import attach
 from kvdb.runtime.identity import weights_digest
 from kvdb.runtime.tiles import attend, merge
@@ -405,12 +407,16 @@ def test_damage_after_a_record_was_read_is_seen_where_every_read_is_verified(tmp
                 greedy(model, ids, cache, 4)
 
 
-@pytest.mark.parametrize("gone", [False, True], ids=["there", "prefix deleted"])
+@pytest.mark.parametrize("trouble", ["", "prefix deleted", "no descriptors"])
 def test_a_generation_goes_on_by_another_way_when_the_system_takes_its_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     """Unless what it has open can be opened no more."""
     skip_where_refused(DirectReader, tmp_path)
+
+    def no_descriptors(reader: Reader, segment: Segment) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
     model, ids, changed = tiny(), prompt(1500, batch=2), list[str]()
     with KVDB.open(tmp_path / "s", host_budget="1MiB") as db, attach(model, db, budget=0.2) as kv:
         kv.cache(ids)
@@ -422,17 +428,37 @@ def test_a_generation_goes_on_by_another_way_when_the_system_takes_its_memory(
             taken.setattr("kvdb.reading.available_bytes", lambda: -1)
             taken.setattr(MmapReader, "loses", property(lambda self: len(changed) > 4))
             taken.setattr(cache.prefetch, "chosen", lambda *_: changed.append(cache._reader.name))
-            if gone:
+            if trouble == "no descriptors":
+                taken.setattr(DirectReader, "open", no_descriptors)
+            if trouble == "prefix deleted":
                 db.evict(0)
                 for array in (tmp_path / "s" / "trash").iterdir():
                     shutil.rmtree(array)
             out = greedy(model, ids, cache, 12)
         assert torch.equal(out, expected)
         assert changed[:5] == ["mmap"] * 5
-        assert {*changed[5 + len(model.model.layers) * 2 :]} == {"mmap" if gone else "direct"}  # type: ignore[union-attr,arg-type]
-        assert (cache._reader is reader) == gone
+        assert {*changed[5 + len(model.model.layers) * 2 :]} == {"mmap" if trouble else "direct"}  # type: ignore[union-attr,arg-type]
+        assert (cache._reader is reader) == bool(trouble)
         assert cache.stats()["kv_bytes_read"] == cache.metrics.decode_bytes_read > 0
-        assert gone or not reader._open
-        if not gone:
+        assert trouble or not reader._open
+        if trouble != "prefix deleted":
             kv.save(cache, name="n")
         assert_healthy(db)
+
+
+@pytest.mark.parametrize("read_mode", READERS)
+def test_damage_in_one_segment_names_the_sequences_that_have_it(tmp_path: Path, read_mode: str) -> None:
+    """And no other one whose records were asked for along with it."""
+    skip_where_refused(READERS[read_mode], tmp_path)
+    model, ids = tiny(), prompt(2200)
+    with KVDB.open(tmp_path / "s") as db, attach(model, db, exact=True) as kv:
+        kv.save(kv.cache(ids[:, :1400]), name="beginning")
+        kv.save(kv.cache(ids), name="whole")
+        last = db.segments(db.sequence("whole").spans)[-1]
+    (file,) = (last.folder / f"{last.info.segment}.kv0").rglob("c.*")
+    with KVDB.open(tmp_path / "s", "r", read_mode=read_mode) as db, attach(model, db, budget=0.3, fidelity="any") as kv:
+        cache = kv.load("whole")
+        os.truncate(file, 4096)
+        with pytest.raises(Damaged, match=r"^sequence whole: ") as e:
+            greedy(model, torch.cat((ids, ids[:, :1]), 1), cache, 3)
+        assert e.value.segment == last.info.segment
