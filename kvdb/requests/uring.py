@@ -305,9 +305,8 @@ class _Queue:
                 ring = self.ring
                 if self._someone_sleeps or ring is None or (ticket is not None and not ticket.left):
                     return
-                if (
-                    self.waiting and not ring.in_flight
-                ):  # nothing would wake it: what came just now made room for what waits to be sent
+                # Nothing would wake it: what came just now made room for what waits to be sent.
+                if self.waiting and not ring.in_flight:
                     return
                 self._someone_sleeps = mine = True
             nap_s = _NAP_S if count > 1 or ring.unsent else NAP_S

@@ -171,6 +171,37 @@ def test_no_sleep_is_longer_than_a_nap(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(pen)
 
 
+@pytest.mark.parametrize("lost", [True, False], ids=["a read that is never over", "reads that wait for room"])
+def test_it_sleeps_where_nothing_can_be_done_and_not_where_something_can(
+    monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    try:
+        requests = Uring(depth=2)
+    except Unsupported as why:
+        pytest.skip(str(why))
+    slept: list[float] = []
+    real, room, (out, into) = Ring.sleep, np.empty(64, np.uint8), os.pipe()
+    monkeypatch.setattr(
+        Ring, "sleep", lambda self, count, timeout_s: (slept.append(timeout_s), real(self, count, timeout_s))
+    )
+    os.write(into, bytes(64))
+    reads = np.arange(64)
+    with requests:
+        ticket = requests.submit(out, np.zeros(64, np.int64), np.ones(64, np.int64), room.ctypes.data + reads, room)
+        requests.wait(ticket, 20)
+        looked = len(slept)
+        if lost:
+            ticket.left = 1
+            with pytest.raises(Stalled):
+                requests.wait(ticket, 0.1)
+            assert len(slept) > looked
+            ticket.left = 0
+        else:
+            assert looked < 16  # of 32 times that the queue is full
+    os.close(out)
+    os.close(into)
+
+
 def test_results_that_an_interrupt_kept_from_being_noted_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     a_ring(1)
     zero, room = os.open("/dev/zero", os.O_RDONLY), np.ones(1, np.uint8)
