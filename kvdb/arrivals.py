@@ -23,11 +23,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class RowFile:
     """A sealed file of rows, open with O_DIRECT.
 
-    key    what tells its content from any other's
-    rows   how many it has
-    align  bytes that offsets, sizes and addresses of reads must be multiples of
+    key      what tells its content from any other's
+    rows     how many it has
+    align    bytes that offsets, sizes and addresses of reads must be multiples of
     segment  whose file it is
-    where  names segment and file, for messages
+    where    names segment and file, for messages
     """
 
     key: tuple[int, int, int]
